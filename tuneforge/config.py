@@ -6,18 +6,15 @@ Docs: https://tuneforge.github.io/tuneforge/config.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'RENAMED', 'NOT_YET', 'INERT', 'RULES', 'UserError', 'Mark', 'Problem', 'ConfigError', 'Document', 'Options',
-           'opt', 'SpecialTokens', 'BaseOptions', 'TokenizerOptions', 'ModelOptions', 'DatasetOptions', 'DataOptions',
+           'SpecialTokens', 'BaseOptions', 'TokenizerOptions', 'ModelOptions', 'DatasetOptions', 'DataOptions',
            'PackingOptions', 'LoraOptions', 'OptimOptions', 'TrainOptions', 'Config', 'unknown_key', 'rule',
-           'one_of_two', 'quantised_base_needs_adapter', 'adapter_has_targets', 'lora_keys_need_adapter',
-           'steps_go_with_strategy', 'eval_needs_data', 'batch_is_a_multiple', 'packing_keys_need_packing',
-           'jinja_has_text', 'one_precision', 'one_attention', 'parse_overrides', 'load_config', 'accumulation',
-           'interval']
+           'parse_overrides', 'load_config', 'accumulation', 'interval']
 
 # %% ../nbs/00_config.ipynb #68df2fd5
 import difflib,logging,os,re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Iterator, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -51,7 +48,9 @@ class Problem:
 
 class ConfigError(UserError):
     "Everything that is wrong with a config, at once"
-    def __init__(self, problems:list[Problem]):
+    def __init__(self,
+        problems:list[Problem], # at least one
+    ):
         self.problems = problems
         super().__init__("\n".join(map(str, problems)))
 
@@ -114,145 +113,145 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     def explicit(self) -> dict: # key -> value
-        "The keys that the user gave"
+        "The options that the user gave"
         return {k: getattr(self, k) for k in type(self).model_fields if k in self.model_fields_set}
 
     def __repr_args__(self): return self.explicit().items()
 
-def opt(default, description, **kw): return Field(default, description=description, **kw)
+def _opt(default, description, **kw): return Field(default, description=description, **kw)
 
 # %% ../nbs/00_config.ipynb #d835121a
 class SpecialTokens(Options):
     "Special tokens to add or to replace by name"
-    bos_token:str|None = opt(None, "begins a sequence")
-    eos_token:str|None = opt(None, "ends a sequence; generation stops at it")
-    pad_token:str|None = opt(None, "fills short rows; never trained")
-    unk_token:str|None = opt(None, "stands for what the vocabulary cannot say")
+    bos_token:str|None = _opt(None, "begins a sequence")
+    eos_token:str|None = _opt(None, "ends a sequence; generation stops at it")
+    pad_token:str|None = _opt(None, "fills short rows; never trained")
+    unk_token:str|None = _opt(None, "stands for what the vocabulary cannot say")
 
 class BaseOptions(Options):
     "Where the run starts from"
     base_model:str = Field(description="hub id, local folder, or `tiny:<architecture>` for a small random model made on the spot")
-    revision_of_model:str|None = opt(None, "branch, tag or commit of `base_model` on the hub")
+    revision_of_model:str|None = _opt(None, "branch, tag or commit of `base_model` on the hub")
 
 class TokenizerOptions(BaseOptions):
     "The tokenizer, and how messages become text"
-    tokenizer_config:str|None = opt(None, "where the tokenizer comes from; default: `base_model`")
-    tokenizer_type:str|None = opt(None, "transformers class to load it with; default: AutoTokenizer")
-    special_tokens:SpecialTokens|None = opt(None, "special tokens to add or replace")
-    chat_template:str|None = opt(None, "`tokenizer_default`, a built-in name (`chatml`, `llama3`), or `jinja` with `chat_template_jinja`")
-    chat_template_jinja:str|None = opt(None, "text of a Jinja chat template")
+    tokenizer_config:str|None = _opt(None, "where the tokenizer comes from; default: `base_model`")
+    tokenizer_type:str|None = _opt(None, "transformers class to load it with; default: AutoTokenizer")
+    special_tokens:SpecialTokens|None = _opt(None, "special tokens to add or replace")
+    chat_template:str|None = _opt(None, "`tokenizer_default`, a built-in name (`chatml`, `llama3`), or `jinja` with `chat_template_jinja`")
+    chat_template_jinja:str|None = _opt(None, "text of a Jinja chat template")
 
 # %% ../nbs/00_config.ipynb #6073ac2e
 class ModelOptions(BaseOptions):
     "Loading the model: class, precision, quantisation, attention"
-    type_of_model:str|None = opt(None, "transformers class to load it with; default: AutoModelForCausalLM")
-    load_in_8bit:bool = opt(False, "quantise the base to 8 bit (bitsandbytes); needs an adapter")
-    load_in_4bit:bool = opt(False, "quantise the base to 4 bit NF4 (bitsandbytes); needs an adapter")
-    bf16:Literal["auto"]|bool|None = opt("auto", "bfloat16 mixed precision; `auto`: where the device has it")
-    fp16:bool|None = opt(None, "float16 mixed precision")
-    bfloat16:bool = opt(False, "everything in bfloat16, weights included")
-    float16:bool = opt(False, "everything in float16, weights included")
-    float32:bool = opt(False, "everything in float32")
-    tf32:bool|None = opt(None, "let matrix products of float32 use TF32 on GPUs that have it")
-    attn_implementation:str|None = opt(None, "`flash_attention_2`, `sdpa` or `eager`; an error where it cannot run")
-    flash_attention:bool|None = opt(None, "prefer FlashAttention 2; where it cannot run, sdpa is used and said so")
-    sdp_attention:bool|None = opt(None, "torch's scaled dot product attention")
-    eager_attention:bool|None = opt(None, "plain attention in matrix products")
-    gradient_checkpointing:bool = opt(False, "recompute activations in the backward pass: less memory, about a third more time")
-    gradient_checkpointing_kwargs:dict|None = opt(None, "for torch's checkpointing, such as `use_reentrant`")
+    type_of_model:str|None = _opt(None, "transformers class to load it with; default: AutoModelForCausalLM")
+    load_in_8bit:bool = _opt(False, "quantise the base to 8 bit (bitsandbytes); needs an adapter")
+    load_in_4bit:bool = _opt(False, "quantise the base to 4 bit NF4 (bitsandbytes); needs an adapter")
+    bf16:Literal["auto"]|bool|None = _opt("auto", "bfloat16 mixed precision; `auto`: where the device has it")
+    fp16:bool|None = _opt(None, "float16 mixed precision")
+    bfloat16:bool = _opt(False, "everything in bfloat16, weights included")
+    float16:bool = _opt(False, "everything in float16, weights included")
+    float32:bool = _opt(False, "everything in float32")
+    tf32:bool|None = _opt(None, "let matrix products of float32 use TF32 on GPUs that have it")
+    attn_implementation:str|None = _opt(None, "`flash_attention_2`, `sdpa` or `eager`; an error where it cannot run")
+    flash_attention:bool|None = _opt(None, "prefer FlashAttention 2; where it cannot run, sdpa is used and said so")
+    sdp_attention:bool|None = _opt(None, "torch's scaled dot product attention")
+    eager_attention:bool|None = _opt(None, "plain attention in matrix products")
+    gradient_checkpointing:bool = _opt(False, "recompute activations in the backward pass: less memory, about a third more time")
+    gradient_checkpointing_kwargs:dict|None = _opt(None, "for torch's checkpointing, such as `use_reentrant`")
 
 # %% ../nbs/00_config.ipynb #acc29e06
 class DatasetOptions(Options):
     "One entry of `datasets`"
     path:str = Field(description="JSON or JSONL file, folder of such files, or dataset id on the hub; a local path wins")
-    type:str = opt("alpaca", "prompt format: `alpaca`, `completion`, `chat_template`, …")
-    ds_type:Literal["json"]|None = opt(None, "file format, where the suffix does not tell")
-    name:str|None = opt(None, "configuration of a hub dataset")
-    split:str = opt("train", "split of a hub dataset")
-    revision:str|None = opt(None, "branch, tag or commit of a hub dataset")
-    data_files:str|list[str]|None = opt(None, "files to take from the folder or hub repository")
-    field:str = opt("text", "column of a `completion` dataset")
-    chat_template:str|None = opt(None, "chat template for this dataset; default: the top-level choice")
-    chat_template_jinja:str|None = opt(None, "Jinja text for this dataset")
-    field_messages:str = opt("messages", "column with the list of messages")
-    message_field_role:str = opt("role", "key of a message's role")
-    message_field_content:str = opt("content", "key of a message's text")
-    roles:dict[str,list[str]]|None = opt(None, "names in the data that mean `user`, `assistant`, `system`, `tool`")
-    roles_to_train:list[str]|None = opt(["assistant"], "roles whose turns are trained; null: none but by `train_on_inputs`")
+    type:str = _opt("alpaca", "prompt format: `alpaca`, `completion`, `chat_template`, …")
+    ds_type:Literal["json"]|None = _opt(None, "file format, where the suffix does not tell")
+    name:str|None = _opt(None, "configuration of a hub dataset")
+    split:str = _opt("train", "split of a hub dataset")
+    revision:str|None = _opt(None, "branch, tag or commit of a hub dataset")
+    data_files:str|list[str]|None = _opt(None, "files to take from the folder or hub repository")
+    field:str = _opt("text", "column of a `completion` dataset")
+    chat_template:str|None = _opt(None, "chat template for this dataset; default: the top-level choice")
+    chat_template_jinja:str|None = _opt(None, "Jinja text for this dataset")
+    field_messages:str = _opt("messages", "column with the list of messages")
+    message_field_role:str = _opt("role", "key of a message's role")
+    message_field_content:str = _opt("content", "key of a message's text")
+    roles:dict[str,list[str]]|None = _opt(None, "names in the data that mean `user`, `assistant`, `system`, `tool`")
+    roles_to_train:list[str]|None = _opt(["assistant"], "roles whose turns are trained; null: none but by `train_on_inputs`")
 
 # %% ../nbs/00_config.ipynb #7e1aa9af
 class DataOptions(Options):
     "From sources to tokenised rows"
     datasets:list[DatasetOptions] = Field(description="training data", min_length=1)
-    test_datasets:list[DatasetOptions]|None = opt(None, "evaluation data; instead of `val_set_size`")
-    val_set_size:float = opt(0.0, "part of the training data, drawn at random, to evaluate on: a fraction, or a number of rows if over 1", ge=0)
-    dataset_prepared_path:str|None = opt(None, "folder for prepared data; default: `last_run_prepared`")
-    dataset_processes:int|None = opt(None, "worker processes for preparing data; default: one for each core", gt=0)
-    shuffle_merged_datasets:bool = opt(True, "train in shuffled order")
-    sequence_len:int = opt(512, "longest row, in tokens; longer rows are dropped and counted, `completion` rows are split", gt=1)
-    min_sample_len:int = opt(2, "shortest row, in tokens", gt=0)
-    train_on_inputs:bool = opt(False, "train prompts as well as responses")
-    seed:int = opt(42, "seed of every random choice: data order, dropout, new weights")
+    test_datasets:list[DatasetOptions]|None = _opt(None, "evaluation data; instead of `val_set_size`")
+    val_set_size:float = _opt(0.0, "part of the training data, drawn at random, to evaluate on: a fraction, or a number of rows if over 1", ge=0)
+    dataset_prepared_path:str|None = _opt(None, "folder for prepared data; default: `last_run_prepared`")
+    dataset_processes:int|None = _opt(None, "worker processes for preparing data; default: one for each core", gt=0)
+    shuffle_merged_datasets:bool = _opt(True, "train in shuffled order")
+    sequence_len:int = _opt(512, "longest row, in tokens; longer rows are dropped and counted, `completion` rows are split", gt=1)
+    min_sample_len:int = _opt(2, "shortest row, in tokens", gt=0)
+    train_on_inputs:bool = _opt(False, "train prompts as well as responses")
+    seed:int = _opt(42, "seed of every random choice: data order, dropout, new weights")
 
 class PackingOptions(Options):
     "How rows become batches"
-    sample_packing:bool = opt(False, "fill each row of a batch with several samples, each isolated from the others")
-    eval_sample_packing:bool|None = opt(None, "the same for evaluation; default: as `sample_packing`")
-    pad_to_sequence_len:bool|None = opt(None, "pad every batch to `sequence_len`; default: only with `sample_packing`")
-    micro_batch_size:int = opt(1, "rows in a forward pass on one device", gt=0)
-    eval_batch_size:int|None = opt(None, "rows in an evaluation pass; default: `micro_batch_size`", gt=0)
-    gradient_accumulation_steps:int|None = opt(None, "forward passes in an optimizer step; default: 1", gt=0)
-    batch_size:int|None = opt(None, "rows in an optimizer step on one device; instead of `gradient_accumulation_steps`", gt=0)
+    sample_packing:bool = _opt(False, "fill each row of a batch with several samples, each isolated from the others")
+    eval_sample_packing:bool|None = _opt(None, "the same for evaluation; default: as `sample_packing`")
+    pad_to_sequence_len:bool|None = _opt(None, "pad every batch to `sequence_len`; default: only with `sample_packing`")
+    micro_batch_size:int = _opt(1, "rows in a forward pass on one device", gt=0)
+    eval_batch_size:int|None = _opt(None, "rows in an evaluation pass; default: `micro_batch_size`", gt=0)
+    gradient_accumulation_steps:int|None = _opt(None, "forward passes in an optimizer step; default: 1", gt=0)
+    batch_size:int|None = _opt(None, "rows in an optimizer step on one device; instead of `gradient_accumulation_steps`", gt=0)
 
 # %% ../nbs/00_config.ipynb #8bd1153c
 class LoraOptions(Options):
     "The adapter"
-    adapter:Literal["lora","qlora"]|None = opt(None, "train a low-rank adapter instead of all weights; `qlora`: on a 4-bit base")
-    lora_model_dir:str|None = opt(None, "existing adapter to go on from, to merge, or to question")
-    lora_r:int = opt(8, "rank", gt=0)
-    lora_alpha:int = opt(8, "scale: the update is multiplied by `lora_alpha / lora_r`", gt=0)
-    lora_dropout:float = opt(0.0, "dropout before the adapter", ge=0, lt=1)
-    lora_target_linear:bool = opt(False, "adapt every linear layer but the output embedding")
-    lora_target_modules:str|list[str]|None = opt(None, "names of the layers to adapt, or one regular expression")
-    lora_modules_to_save:list[str]|None = opt(None, "layers to train in full and save with the adapter")
-    lora_fan_in_fan_out:bool = opt(False, "weights are stored transposed (GPT-2's Conv1D)")
-    peft_use_dora:bool = opt(False, "DoRA: magnitude and direction apart (arXiv 2402.09353)")
-    peft_use_rslora:bool = opt(False, "rank-stabilised scale alpha/sqrt(r) (arXiv 2312.03732)")
+    adapter:Literal["lora","qlora"]|None = _opt(None, "train a low-rank adapter instead of all weights; `qlora`: on a 4-bit base")
+    lora_model_dir:str|None = _opt(None, "existing adapter to go on from, to merge, or to question")
+    lora_r:int = _opt(8, "rank", gt=0)
+    lora_alpha:int = _opt(8, "scale: the update is multiplied by `lora_alpha / lora_r`", gt=0)
+    lora_dropout:float = _opt(0.0, "dropout before the adapter", ge=0, lt=1)
+    lora_target_linear:bool = _opt(False, "adapt every linear layer but the output embedding")
+    lora_target_modules:str|list[str]|None = _opt(None, "names of the layers to adapt, or one regular expression")
+    lora_modules_to_save:list[str]|None = _opt(None, "layers to train in full and save with the adapter")
+    lora_fan_in_fan_out:bool = _opt(False, "weights are stored transposed (GPT-2's Conv1D)")
+    peft_use_dora:bool = _opt(False, "DoRA: magnitude and direction apart (arXiv 2402.09353)")
+    peft_use_rslora:bool = _opt(False, "rank-stabilised scale alpha/sqrt(r) (arXiv 2312.03732)")
 
 class OptimOptions(Options):
     "Optimizer and schedule"
     learning_rate:float = Field(description="peak learning rate", gt=0)
-    optimizer:str = opt("adamw_torch", "optimizer by its transformers name")
-    lr_scheduler:str = opt("cosine", "`cosine`, `linear`, `constant`, `constant_with_warmup`")
-    warmup_steps:int|None = opt(None, "steps of linear warmup; default: 3 % of all steps, at most 100", ge=0)
-    warmup_ratio:float|None = opt(None, "the same as a fraction of all steps", ge=0, lt=1)
-    weight_decay:float = opt(0.0, "decoupled weight decay, on matrices only", ge=0)
-    max_grad_norm:float = opt(1.0, "clip the gradient's norm to this; 0: never", ge=0)
-    adam_beta1:float = opt(0.9, "Adam: decay of the first moment", ge=0, lt=1)
-    adam_beta2:float = opt(0.999, "Adam: decay of the second moment", ge=0, lt=1)
-    adam_epsilon:float = opt(1e-8, "Adam: added to the denominator", gt=0)
+    optimizer:str = _opt("adamw_torch", "optimizer by its transformers name")
+    lr_scheduler:str = _opt("cosine", "`cosine`, `linear`, `constant`, `constant_with_warmup`")
+    warmup_steps:int|None = _opt(None, "steps of linear warmup; default: 3 % of all steps, at most 100", ge=0)
+    warmup_ratio:float|None = _opt(None, "the same as a fraction of all steps", ge=0, lt=1)
+    weight_decay:float = _opt(0.0, "decoupled weight decay, on matrices only", ge=0)
+    max_grad_norm:float = _opt(1.0, "clip the gradient's norm to this; 0: never", ge=0)
+    adam_beta1:float = _opt(0.9, "Adam: decay of the first moment", ge=0, lt=1)
+    adam_beta2:float = _opt(0.999, "Adam: decay of the second moment", ge=0, lt=1)
+    adam_epsilon:float = _opt(1e-8, "Adam: added to the denominator", gt=0)
 
 # %% ../nbs/00_config.ipynb #6d421ca5
 class TrainOptions(Options):
     "How long, and what is written when"
-    output_dir:str = opt("./model-out", "folder of the run: model or adapter, tokenizer, checkpoints, manifest, plot")
-    num_epochs:float = opt(1.0, "times through the data", gt=0)
-    max_steps:int|None = opt(None, "stop after this many optimizer steps", gt=0)
-    logging_steps:int|None = opt(None, "optimizer steps between two log lines; default: 0.5 % of all, 1 to 10", gt=0)
-    save_strategy:Literal["no","steps","epoch"]|None = opt(None, "when to write checkpoints; default: `steps` if `save_steps` is given, else `epoch`")
-    save_steps:int|None = opt(None, "optimizer steps between checkpoints", gt=0)
-    saves_per_epoch:int|None = opt(None, "checkpoints in each epoch", gt=0)
-    save_total_limit:int = opt(4, "newest checkpoints to keep", gt=0)
-    save_only_model:bool = opt(False, "checkpoints without optimizer state: smaller, cannot be resumed")
-    eval_strategy:Literal["no","steps","epoch"]|None = opt(None, "when to evaluate; default: `steps` if `eval_steps` is given, else `epoch`")
-    eval_steps:int|None = opt(None, "optimizer steps between evaluations", gt=0)
-    evals_per_epoch:int|None = opt(None, "evaluations in each epoch", gt=0)
-    resume_from_checkpoint:str|None = opt(None, "checkpoint folder to go on from")
-    auto_resume_from_checkpoints:bool = opt(False, "go on from the newest checkpoint in `output_dir`")
-    early_stopping_patience:int|None = opt(None, "stop after this many evaluations without improvement", gt=0)
-    loss_watchdog_threshold:float|None = opt(None, "stop when the loss stays over this", gt=0)
-    loss_watchdog_patience:int = opt(3, "log lines over the threshold before the run is stopped", gt=0)
-    strict:bool = opt(False, "the command line may only override keys that this file names")
+    output_dir:str = _opt("./model-out", "folder of the run: model or adapter, tokenizer, checkpoints, manifest, plot")
+    num_epochs:float = _opt(1.0, "times through the data", gt=0)
+    max_steps:int|None = _opt(None, "stop after this many optimizer steps", gt=0)
+    logging_steps:int|None = _opt(None, "optimizer steps between two log lines; default: 0.5 % of all, 1 to 10", gt=0)
+    save_strategy:Literal["no","steps","epoch"]|None = _opt(None, "when to write checkpoints; default: `steps` if `save_steps` is given, else `epoch`")
+    save_steps:int|None = _opt(None, "optimizer steps between checkpoints", gt=0)
+    saves_per_epoch:int|None = _opt(None, "checkpoints in each epoch", gt=0)
+    save_total_limit:int = _opt(4, "newest checkpoints to keep", gt=0)
+    save_only_model:bool = _opt(False, "checkpoints without optimizer state: smaller, cannot be resumed")
+    eval_strategy:Literal["no","steps","epoch"]|None = _opt(None, "when to evaluate; default: `steps` if `eval_steps` is given, else `epoch`")
+    eval_steps:int|None = _opt(None, "optimizer steps between evaluations", gt=0)
+    evals_per_epoch:int|None = _opt(None, "evaluations in each epoch", gt=0)
+    resume_from_checkpoint:str|None = _opt(None, "checkpoint folder to go on from")
+    auto_resume_from_checkpoints:bool = _opt(False, "go on from the newest checkpoint in `output_dir`")
+    early_stopping_patience:int|None = _opt(None, "stop after this many evaluations without improvement", gt=0)
+    loss_watchdog_threshold:float|None = _opt(None, "stop when the loss stays over this", gt=0)
+    loss_watchdog_patience:int = _opt(3, "log lines over the threshold before the run is stopped", gt=0)
+    strict:bool = _opt(False, "the command line may only override keys that this file names")
 
 class Config(ModelOptions, TokenizerOptions, DataOptions, PackingOptions, LoraOptions, OptimOptions, TrainOptions):
     "All groups together: what a YAML file says"
@@ -313,13 +312,33 @@ def _rename(doc:Document) -> Iterator[Problem]:
         for d in (doc.keys, doc.marks): d[(new,)] = d[(old,)]
         if old!="model_type": log.warning(f"{doc.keys[(old,)]}: `{old}` is now called `{new}`")
 
+# %% ../nbs/00_config.ipynb #4ba36464
+def _takes_null(f): return type(None) in get_args(f.annotation)
+
+def _drop_blanks(group:type[Options], values:dict, at:Mark|None):
+    "Remove nulls that mean nothing from `values`, so that the default holds"
+    blank = [k for k,v in values.items() if v is None and (f := group.model_fields.get(k)) and not f.is_required() and not _takes_null(f)]
+    for k in blank: del values[k]
+    said = [f"`{k}` ({group.model_fields[k].default})" for k in blank if group.model_fields[k].default is not False]
+    if said: log.warning(f"{at.file if at else 'config'}: empty, so the default holds: {', '.join(said)}")
+
+def _blanks(doc:Document):
+    "Do it for the config and for each of its datasets"
+    _drop_blanks(Config, doc.value, doc.marks.get(()))
+    entries = [e for k in ("datasets","test_datasets") if isinstance(doc.value.get(k), list) for e in doc.value[k]]
+    for e in entries:
+        if isinstance(e, dict): _drop_blanks(DatasetOptions, e, doc.marks.get(()))
+
 # %% ../nbs/00_config.ipynb #9415b717
 def _group_at(path:tuple) -> type[Options]:
     "The group that the keys under `path` belong to"
     nested = dict(datasets=DatasetOptions, test_datasets=DatasetOptions, special_tokens=SpecialTokens)
     return nested.get(path[0], Config) if path else Config
 
-def unknown_key(key:str, path:tuple=()) -> str: # the message
+def unknown_key(
+    key:str, # as the user wrote it
+    path:tuple=(), # where it stands
+) -> str: # the message
     "What to say of a `key` that is not valid under `path`: the nearest valid key, or where else it would be valid"
     names = list(_group_at(path).model_fields)
     near = difflib.get_close_matches(str(key), names+(list(NOT_YET) if not path else []), 1, 0.7)
@@ -350,8 +369,10 @@ def _describe(path):
 
 # %% ../nbs/00_config.ipynb #c3668364
 RULES = []
-def rule(f):
-    "Register `f`: `Config` to pairs (key, message)"
+def rule(
+    f, # from a `Config` to pairs (key, message)
+):
+    "Register a rule"
     RULES.append(f)
     return f
 
@@ -361,14 +382,14 @@ def _both(cfg, a, b):
 
 # %% ../nbs/00_config.ipynb #cfdf3545
 @rule
-def one_of_two(cfg):
+def _one_of_two(cfg):
     "Two keys that say the same thing exclude each other"
     for a,b in [("batch_size","gradient_accumulation_steps"), ("warmup_ratio","warmup_steps"), ("saves_per_epoch","save_steps"),
                 ("evals_per_epoch","eval_steps"), ("test_datasets","val_set_size")]:
         if _both(cfg, a, b) and cfg.explicit()[a] and cfg.explicit()[b]: yield a, f"give either `{a}` or `{b}`"
 
 @rule
-def quantised_base_needs_adapter(cfg):
+def _quantised_base_needs_adapter(cfg):
     "4-bit and 8-bit weights cannot be trained themselves"
     for k in ("load_in_8bit","load_in_4bit"):
         if getattr(cfg, k) and not cfg.adapter: yield k, f"`{k}` needs an adapter: quantised weights are not trained themselves"
@@ -376,14 +397,14 @@ def quantised_base_needs_adapter(cfg):
     if cfg.adapter=="qlora" and not cfg.load_in_4bit: yield "adapter", "`adapter: qlora` needs `load_in_4bit: true`"
 
 @rule
-def adapter_has_targets(cfg):
+def _adapter_has_targets(cfg):
     "An adapter adapts something"
     if cfg.adapter and not (cfg.lora_target_linear or cfg.lora_target_modules or cfg.lora_model_dir):
         yield "adapter", "say what to adapt: `lora_target_linear: true`, or `lora_target_modules`"
 
 # %% ../nbs/00_config.ipynb #d804a29a
 @rule
-def lora_keys_need_adapter(cfg):
+def _lora_keys_need_adapter(cfg):
     "LoRA options do nothing in full fine-tuning"
     if cfg.adapter: return
     for k,v in cfg.explicit().items():
@@ -391,7 +412,7 @@ def lora_keys_need_adapter(cfg):
             yield k, f"`{k}` has no effect without `adapter`"
 
 @rule
-def steps_go_with_strategy(cfg):
+def _steps_go_with_strategy(cfg):
     "An interval in steps means the strategy `steps`"
     for what in ("save","eval"):
         s = getattr(cfg, f"{what}_strategy")
@@ -399,7 +420,7 @@ def steps_go_with_strategy(cfg):
             if s not in (None,"steps") and getattr(cfg, k): yield k, f"`{k}` contradicts `{what}_strategy: {s}`"
 
 @rule
-def eval_needs_data(cfg):
+def _eval_needs_data(cfg):
     "Evaluation settings without anything to evaluate on do nothing"
     if cfg.test_datasets or cfg.val_set_size: return
     if cfg.evals_per_epoch: log.warning("`evals_per_epoch` says nothing without `val_set_size` or `test_datasets`")
@@ -409,30 +430,30 @@ def eval_needs_data(cfg):
 
 # %% ../nbs/00_config.ipynb #19af1f4a
 @rule
-def batch_is_a_multiple(cfg):
+def _batch_is_a_multiple(cfg):
     "The rows of an optimizer step come in whole forward passes"
     if cfg.batch_size and cfg.batch_size%cfg.micro_batch_size:
         yield "batch_size", f"`batch_size` {cfg.batch_size} is no multiple of `micro_batch_size` {cfg.micro_batch_size}"
 
 @rule
-def packing_keys_need_packing(cfg):
+def _packing_keys_need_packing(cfg):
     "Packing evaluation batches without packing training batches was never meant"
     if cfg.eval_sample_packing and not cfg.sample_packing: yield "eval_sample_packing", "`eval_sample_packing` needs `sample_packing: true`"
 
 @rule
-def jinja_has_text(cfg):
+def _jinja_has_text(cfg):
     "`chat_template: jinja` and its text come together"
     for where in [cfg, *cfg.datasets]:
         if where.chat_template=="jinja" and not where.chat_template_jinja: yield "chat_template", "`chat_template: jinja` needs `chat_template_jinja`"
 
 @rule
-def one_precision(cfg):
+def _one_precision(cfg):
     "Only one precision can be meant"
     on = [k for k in ("fp16","bfloat16","float16","float32") if getattr(cfg, k)] + (["bf16"] if cfg.bf16 is True else [])
     if len(on)>1: yield on[0], f"several precisions are asked for: {', '.join(f'`{k}`' for k in on)}"
 
 @rule
-def one_attention(cfg):
+def _one_attention(cfg):
     "Only one attention backend can be meant"
     on = [k for k in ("attn_implementation","flash_attention","sdp_attention","eager_attention") if getattr(cfg, k)]
     if len(on)>1: yield on[0], f"several attention backends are asked for: {', '.join(f'`{k}`' for k in on)}"
@@ -492,6 +513,7 @@ def load_config(
             problems.append(Problem(f"`{path[0]}` is not in the file, and `strict: true` allows no new keys", mark))
         problems += _override(doc, path, value, mark)
     problems += [*_rename(doc), *_unsupported(doc)]
+    _blanks(doc)
     return _check(doc, problems)
 
 # %% ../nbs/00_config.ipynb #c0c9d780

@@ -136,6 +136,12 @@ def mean_loss(
     return dict(loss=loss, perplexity=math.exp(min(loss, 700)))
 
 # %% ../nbs/33_train.ipynb #d5585e1a
+def _checkpointing(opts:ModelOptions):
+    "Recomputing activations, under the name that this version of transformers gives it"
+    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    return {f"{'activation' if new else 'gradient'}_checkpointing": opts.gradient_checkpointing,
+        f"{'activation' if new else 'gradient'}_checkpointing_kwargs": opts.gradient_checkpointing_kwargs}
+
 def training_arguments(
     cfg:Config, # all options
     steps:int, # optimizer steps of the run
@@ -154,7 +160,7 @@ def training_arguments(
         save_strategy="steps" if save else "no", save_steps=save or 1, save_total_limit=cfg.save_total_limit, save_only_model=cfg.save_only_model,
         eval_strategy="steps" if evals else "no", eval_steps=evals, metric_for_best_model="eval_loss" if evals else None, greater_is_better=False,
         bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=cfg.tf32 if device=="cuda" else None, use_cpu=device=="cpu",
-        gradient_checkpointing=cfg.gradient_checkpointing, gradient_checkpointing_kwargs=cfg.gradient_checkpointing_kwargs, remove_unused_columns=False)
+        remove_unused_columns=False, **_checkpointing(cfg))
 
 # %% ../nbs/33_train.ipynb #6f53caa5
 def stop_token_ids(
@@ -198,7 +204,11 @@ def _lengths(ds): return [len(o) for o in ds.with_format("numpy")["input_ids"]]
 def _fixed_length(opts:PackingOptions): # packed rows are nearly full anyway, and one shape compiles once
     return opts.sample_packing if opts.pad_to_sequence_len is None else opts.pad_to_sequence_len
 
-def step_tokens(plans, lengths, steps):
+def step_tokens(
+    plans:list[PackPlan], # one for each epoch
+    lengths:list[int], # tokens of each sample
+    steps:int, # optimizer steps wanted
+) -> list[int]: # real tokens of each step
     "Real tokens of each optimizer step, over all ranks"
     bins = [np.add.reduceat(np.append([lengths[i] for i in p.sample_ids], 0), p.bin_offsets[:-1])*(np.diff(p.bin_offsets)>0) for p in plans]
     return [int(b[step].sum()) for b,p in zip(bins, plans) for step in p.order][:steps]

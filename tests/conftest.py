@@ -1,0 +1,15 @@
+"Settings for all tests: one thread, no network, a cache of their own; `--slow` adds what takes minutes"
+import os, tempfile
+import pytest
+
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
+os.environ.setdefault("XDG_CACHE_HOME", os.path.join(tempfile.gettempdir(), f"tuneforge-tests-{os.getuid()}"))
+
+
+def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="slow cells and tests, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"): return
+    for i in items:
+        if "slow" in i.keywords: i.add_marker(pytest.mark.skip(reason="slow: `make test-slow`"))

@@ -1,0 +1,35 @@
+"What several tests need: the repository, its notebooks, the command line, small data"
+import json, os, re, subprocess, sys
+from pathlib import Path
+from fastcore.nbio import read_nb
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not any(o.startswith(("_", ".")) for o in p.relative_to(ROOT).parts))
+
+
+def bin(name): return str(Path(sys.executable).parent/name)
+
+
+def run(*args, cwd=None, stdin="", env=None, timeout=300):
+    "Run a program; stdout and stderr as text"
+    return subprocess.run([str(a) for a in args], cwd=cwd, input=stdin, env=os.environ | (env or {}), timeout=timeout, capture_output=True, text=True)
+
+
+def tuneforge(*args, **kwargs): return run(sys.executable, "-m", "tuneforge.cli", *args, **kwargs)
+
+
+def code_cells(nb): return [c.source for c in read_nb(nb).cells if c.cell_type=="code"]
+
+
+def is_exported(source): return bool(re.search(r"^#\|\s*exports?\b", source, re.M))
+
+
+def module_of(nb):
+    "The module that a notebook exports to, or None"
+    found = [m[1] for s in code_cells(nb) if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", s, re.M))]
+    return found[0] if found else None
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(r)+"\n" for r in rows), encoding="utf-8")
+    return path
