@@ -15,7 +15,7 @@ def run(*args, cwd=None, stdin="", env=None, timeout=300):
     return subprocess.run([str(a) for a in args], cwd=cwd, input=stdin, env=os.environ | (env or {}), timeout=timeout, capture_output=True, text=True)
 
 
-def tuneforge(*args, **kwargs): return run(sys.executable, "-m", "tuneforge.cli", *args, **kwargs)
+def tuneforge(*args, **kwargs): return run(bin("tuneforge"), *args, **kwargs)
 
 
 def code_cells(nb): return [c.source for c in read_nb(nb).cells if c.cell_type=="code"]

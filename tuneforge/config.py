@@ -28,12 +28,12 @@ class UserError(ValueError):
 # %% ../nbs/00_config.ipynb #b2100c44
 @dataclass(frozen=True)
 class Mark:
-    "A position in a config: lines and columns count from 1"
+    "A position in a config: lines and columns count from 1; column 0: an argument of the command line"
     file:str
     line:int
     column:int
     text:str=""
-    def __str__(self): return f"{self.file}:{self.line}:{self.column}"
+    def __str__(self): return f"{self.file}:{self.line}:{self.column}" if self.column else f"{self.file} {self.line}"
     def caret(self): return f"    {self.text.rstrip()}\n    {' '*(self.column-1)}^" if self.text else ""
 
 # %% ../nbs/00_config.ipynb #09d52702
@@ -85,6 +85,8 @@ class Document:
 def _walk(self, loader, node, path):
     "Values below `node`, filing marks as it goes"
     self.marks[path] = self._mark(node.start_mark)
+    if not isinstance(node, yaml.ScalarNode) and node.tag.rsplit(":", 1)[-1] not in ("seq","map"):
+        self.problems.append(Problem(f"a config holds plain values only, no `{node.tag}`", self.marks[path]))
     if isinstance(node, yaml.SequenceNode):
         return [self._walk(loader, n, path+(i,)) for i,n in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode): return loader.construct_object(node)
@@ -465,7 +467,7 @@ def parse_overrides(
     "Read `--key value`, `--key=value`, `--flag` and `--no-flag`"
     res,i = [],0
     while i<len(args):
-        arg,mark = args[i],Mark("command line, argument", i+1, 1, args[i])
+        arg,mark = args[i],Mark("command line, argument", i+1, 0, args[i])
         if not arg.startswith("--"): raise ConfigError([Problem(f"expected an option like `--lora-r 8`, found {arg!r}", mark)])
         key,eq,val = arg[2:].partition("=")
         takes_next = not eq and i+1<len(args) and not args[i+1].startswith("--")
@@ -507,7 +509,7 @@ def load_config(
     "Read and check a config. Raises `ConfigError` with everything that is wrong, each with its place."
     doc = _read(source)
     problems = list(doc.problems)
-    todo = parse_overrides(overrides or []) + [((k,), v, Mark("keyword argument", 1, 1, f"{k}={v!r}")) for k,v in kwargs.items()]
+    todo = parse_overrides(overrides or []) + [((k,), v, Mark("keyword argument", i+1, 0, f"{k}={v!r}")) for i,(k,v) in enumerate(kwargs.items())]
     for path,value,mark in todo:
         if doc.value.get("strict") and (path[0],) not in doc.keys:
             problems.append(Problem(f"`{path[0]}` is not in the file, and `strict: true` allows no new keys", mark))

@@ -219,6 +219,7 @@ def train(
     callbacks=(), # more callbacks of transformers' kind
 ) -> Run: # what came of it
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work."
+    optimizer_name(cfg),schedule(cfg, 1) # better refused now than after the data are prepared
     tokenizer = load_tokenizer(cfg)
     data = prepare_data(cfg, tokenizer)
     set_seed(cfg.seed)

@@ -1,0 +1,192 @@
+"The command line as a user types it: the whole way, and every mistake a message and exit code 2"
+import json, shutil
+from pathlib import Path
+import pytest
+from tests.tools import ROOT, run, tuneforge, write_jsonl
+from tuneforge.tiny import Village, tiny_model
+
+# A config as people have them for Axolotl: an alpaca LoRA run with its blank keys and its GPU settings.
+AXOLOTL = """
+base_model: {model}
+model_type: LlamaForCausalLM
+tokenizer_type: LlamaTokenizer
+
+load_in_8bit: true
+load_in_4bit: false
+strict: false
+
+datasets:
+  - path: {data}
+    type: alpaca
+dataset_prepared_path:
+val_set_size: 0.05
+output_dir: ./outputs/lora-out
+
+sequence_len: 4096
+sample_packing: true
+eval_sample_packing: false
+pad_to_sequence_len: true
+
+adapter: lora
+lora_model_dir:
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+lora_fan_in_fan_out:
+
+wandb_project:
+wandb_entity:
+wandb_watch:
+wandb_name:
+wandb_log_model:
+
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 4
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+
+train_on_inputs: false
+group_by_length: false
+bf16: auto
+fp16:
+tf32: false
+
+gradient_checkpointing: true
+early_stopping_patience:
+resume_from_checkpoint:
+local_rank:
+logging_steps: 1
+xformers_attention:
+flash_attention: true
+s2_attention:
+
+warmup_steps: 10
+evals_per_epoch: 4
+eval_table_size:
+eval_max_new_tokens: 128
+saves_per_epoch: 1
+debug:
+deepspeed:
+weight_decay: 0.0
+fsdp:
+fsdp_config:
+special_tokens:
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "A folder as a user has it: a model, a JSONL file, a config"
+    d = tmp_path_factory.mktemp("home")
+    shutil.copytree(tiny_model("tiny:llama"), d/"model")
+    village = Village()
+    write_jsonl(d/"mine.jsonl", village.questions(list(village.people)[:20]))
+    (d/"lora.yml").write_text(AXOLOTL.format(model="./model", data="mine.jsonl"))
+    return d
+
+
+def test_an_axolotl_config_trains_merges_and_answers(home):
+    res = tuneforge("preprocess", "lora.yml", "--debug", cwd=home)
+    assert res.returncode==0, res.stderr
+    assert "180" in res.stdout and "### Response:" in res.stdout
+    res = tuneforge("train", "lora.yml", cwd=home)
+    assert res.returncode==0, res.stderr
+    assert "not flash_attention_2" in res.stderr # said, not silent
+    out = home/"outputs"/"lora-out"
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "loss.png", "run.json"}<={p.name for p in out.iterdir()}
+    assert json.loads((out/"run.json").read_text())["metrics"]["steps"]==4
+    res = tuneforge("merge-lora", "lora.yml", cwd=home)
+    assert res.returncode==0, res.stderr
+    assert (out/"merged"/"model.safetensors").is_file() and "same token in 100.0%" in res.stdout
+    res = tuneforge("inference", "lora.yml", "--max-new-tokens", "5", cwd=home, stdin="Where does anyone live?")
+    assert res.returncode==0 and res.stdout, res.stderr
+    res = tuneforge("evaluate", "lora.yml", "--max-answers", "5", cwd=home)
+    assert res.returncode==0 and "exact_match" in res.stdout, res.stderr
+
+
+CONFIG = "base_model: tiny:llama\ndatasets:\n  - path: {data}\n    type: {type}\nlearning_rate: 1e-4\noutput_dir: out\ndataset_prepared_path: prepared\n{more}\n"
+
+
+def mistake(d, *args, data="mine.jsonl", type="alpaca", more="", config=None):
+    "stderr of a command that must end with 2, without a traceback and without leaving anything"
+    (d/"c.yml").write_text(config or CONFIG.format(data=data, type=type, more=more))
+    before = {p for p in d.rglob("*")}
+    res = tuneforge(*(args or ["train", "c.yml"]), cwd=d)
+    assert res.returncode==2, (res.returncode, res.stderr)
+    assert "Traceback" not in res.stderr
+    left = [p for p in set(d.rglob("*"))-before if p.is_file()]
+    assert not left, left
+    return res.stderr
+
+
+@pytest.fixture
+def d(tmp_path):
+    write_jsonl(tmp_path/"mine.jsonl", [dict(instruction="a", output="b")]*3)
+    return tmp_path
+
+
+def test_missing_config(d): assert "no config file: nothing.yml" in mistake(d, "train", "nothing.yml")
+def test_config_is_no_yaml(d): assert "c.yml:2:" in mistake(d, config="a: [1\nb: {")
+def test_config_is_a_list(d): assert "`key: value`" in mistake(d, config="- a\n- b\n")
+def test_unknown_key(d):
+    said = mistake(d, more="micro_batch_sise: 2")
+    assert "c.yml:8:1" in said and "did you mean `micro_batch_size`" in said
+def test_missing_data(d): assert "no such file or folder: gone.jsonl" in mistake(d, data="gone.jsonl")
+def test_broken_line(d):
+    (d/"broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "output\n')
+    assert "broken.jsonl:2:" in mistake(d, data="broken.jsonl")
+def test_missing_field(d):
+    write_jsonl(d/"some.jsonl", [dict(instruction="a", output="b"), dict(instruction="a")])
+    said = mistake(d, data="some.jsonl")
+    assert "row 2 has no `output`" in said
+def test_wrong_type_of_field(d):
+    write_jsonl(d/"num.jsonl", [dict(instruction="a", output=3)])
+    assert "row 1: `output` is 3" in mistake(d, data="num.jsonl")
+def test_chat_message_without_content(d):
+    write_jsonl(d/"chat.jsonl", [dict(messages=[dict(role="user", content="a"), dict(role="assistant")])])
+    assert "row 1: a message has no `content`" in mistake(d, data="chat.jsonl", type="chat_template")
+def test_unknown_format(d): assert "did you mean `alpaca`" in mistake(d, type="alpacca")
+def test_nothing_left(d):
+    said = mistake(d, more="sequence_len: 8")
+    assert "nothing is left" in said and "3 longer than `sequence_len`" in said
+def test_no_adapter_folder(d):
+    (d/"empty").mkdir()
+    assert "is no adapter folder: it has no adapter_config.json" in mistake(d, "merge-lora", "c.yml", "--lora-model-dir", "empty", more="adapter: lora\nlora_target_linear: true")
+def test_not_trained_yet(d): assert "run `tuneforge train` first" in mistake(d, "inference", "c.yml")
+def test_no_such_model(d): assert "there is no such folder" in mistake(d, config=CONFIG.replace("tiny:llama", "./nowhere").format(data="mine.jsonl", type="alpaca", more=""))
+def test_no_such_architecture(d): assert "no architecture 'lama'" in mistake(d, config=CONFIG.replace("tiny:llama", "tiny:lama").format(data="mine.jsonl", type="alpaca", more=""))
+def test_bad_optimizer(d): assert "did you mean `adamw_torch`" in mistake(d, more="optimizer: adamw_torh")
+
+
+def test_traceback_on_request(d):
+    res = tuneforge("train", "nothing.yml", "--traceback", cwd=d)
+    assert res.returncode!=0 and "Traceback" in res.stderr
+
+
+def test_unknown_command(d):
+    res = tuneforge("trian", "c.yml", cwd=d)
+    assert res.returncode==2 and "merge-lora" in res.stderr
+
+
+def test_help_and_version(d):
+    assert tuneforge("--version", cwd=d).stdout.strip().count(".")==2
+    assert "merge-lora" in tuneforge("--help", cwd=d).stdout
+    assert "--debug-num-examples" in tuneforge("preprocess", "--help", cwd=d).stdout
+
+
+def test_fetch_examples(d):
+    res = tuneforge("fetch", "examples", cwd=d)
+    assert res.returncode==0 and (d/"examples"/"lora.yml").is_file()
+    (d/"examples"/"lora.yml").write_text("mine: 1\n")
+    assert "left alone" in tuneforge("fetch", "examples", cwd=d).stdout
+    assert (d/"examples"/"lora.yml").read_text()=="mine: 1\n"
+
+
+def test_every_example_is_a_sound_config():
+    from tuneforge.config import load_config
+    found = sorted((ROOT/"examples").rglob("*.yml"))
+    assert found
+    for f in found: assert load_config(f).base_model

@@ -1,0 +1,163 @@
+"The trainer against a bare PyTorch loop, against itself, and against other ways to group the same tokens"
+import json, sys
+from pathlib import Path
+import pytest, torch
+from safetensors.torch import load_file
+from tuneforge.all import *
+from tests.tools import ROOT, run, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    d = tmp_path_factory.mktemp("data")
+    village = Village()
+    return write_jsonl(d/"train.jsonl", village.questions(list(village.people)[:6]))
+
+
+def config(data, out, **kw):
+    base = dict(base_model="tiny:llama", datasets=[dict(path=str(data), type="alpaca")], dataset_prepared_path=str(data.parent/"prepared"), output_dir=str(out),
+        sequence_len=256, learning_rate=1e-3, save_strategy="no", logging_steps=1, lr_scheduler="constant", warmup_steps=0)
+    return load_config(base | kw)
+
+
+def losses(r): return [h["loss"] for h in r.history if "loss" in h]
+
+
+LORA = dict(adapter="lora", lora_r=4, lora_target_linear=True)
+
+
+def test_same_as_a_bare_loop(data, tmp_path):
+    cfg = config(data, tmp_path, micro_batch_size=3, gradient_accumulation_steps=2, max_steps=5, max_grad_norm=0, seed=7)
+    got = losses(train(cfg))
+    tok = load_tokenizer(cfg)
+    ds = prepare_data(cfg, tok).train
+    torch.manual_seed(7)
+    model = load_model(cfg, tok).train()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    plan = plan_epochs([len(o) for o in ds["input_ids"]], 256, 3, 1, 2, seed=7, packing=False)[0]
+    want = []
+    for step in plan.order[:5]:
+        rows = [plan.bin(i)[0] for i in step.ravel()]
+        n = sum(l!=IGNORE for i in rows for l in ds[i]["labels"][1:])
+        total = 0.
+        for i in rows: # one sample at a time, without any padding
+            ids, labels = (torch.tensor([ds[i][k]]) for k in ("input_ids", "labels"))
+            logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            loss = -sum(logp[j, t] for j, t in enumerate(labels[0, 1:]) if t!=IGNORE)/n
+            loss.backward()
+            total += loss.item()
+        opt.step()
+        opt.zero_grad()
+        want.append(total)
+    assert got==pytest.approx(want, rel=1e-4)
+
+
+def test_two_runs_are_bit_identical(data, tmp_path):
+    kw = dict(micro_batch_size=2, sample_packing=True, max_steps=4, lora_dropout=0.1, **LORA)
+    a, b = (train(config(data, tmp_path/n, **kw)) for n in "ab")
+    assert losses(a)==losses(b)
+    x, y = (load_file(tmp_path/n/"adapter_model.safetensors") for n in "ab")
+    assert x.keys()==y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+GROUPINGS = {"one batch": dict(micro_batch_size=54), "accumulated": dict(micro_batch_size=9, gradient_accumulation_steps=6), "single rows": dict(gradient_accumulation_steps=54),
+    "packed": dict(micro_batch_size=16, sample_packing=True), "packed, accumulated": dict(micro_batch_size=2, gradient_accumulation_steps=8, sample_packing=True)}
+
+
+def test_loss_and_gradient_do_not_depend_on_grouping(data, tmp_path):
+    "All 54 samples in one optimizer step, grouped in five ways"
+    seen = {}
+    for name, kw in GROUPINGS.items():
+        r = train(config(data, tmp_path/name, max_steps=1, **kw))
+        assert r.metrics["steps"]==1
+        seen[name] = (r.history[0]["loss"], r.history[0]["grad_norm"])
+    loss, norm = seen["one batch"]
+    for name, got in seen.items(): assert got==pytest.approx((loss, norm), rel=1e-5), name
+
+
+def test_steps_are_known_before(data, tmp_path):
+    cfg = config(data, tmp_path, micro_batch_size=4, num_epochs=1.5)
+    plans, steps = plan_run(cfg, [len(o) for o in prepare_data(cfg, load_tokenizer(cfg)).train["input_ids"]])
+    r = train(cfg)
+    assert r.metrics["steps"]==steps==21
+    assert len(plans)==2
+
+
+def test_resuming_is_not_having_stopped(data, tmp_path):
+    kw = dict(micro_batch_size=2, sample_packing=True, num_epochs=2, save_strategy="steps", save_steps=3, lora_dropout=0.1, lr_scheduler="cosine", **LORA)
+    whole = train(config(data, tmp_path/"whole", **kw))
+    assert whole.metrics["steps"]>8
+    for step in (3, 6):
+        resumed = train(config(data, tmp_path/f"from{step}", resume_from_checkpoint=str(tmp_path/"whole"/f"checkpoint-{step}"), **kw))
+        assert losses(resumed)[step:]==losses(whole)[step:]
+        x, y = (load_file(tmp_path/n/"adapter_model.safetensors") for n in ("whole", f"from{step}"))
+        assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_evaluation_happens_and_is_a_token_mean(data, tmp_path):
+    r = train(config(data, tmp_path, micro_batch_size=4, val_set_size=0.2, num_epochs=2, eval_batch_size=3))
+    evals = [h for h in r.history if "eval_loss" in h]
+    assert len(evals)>=2
+    ds, total, n = prepare_data(config(data, tmp_path, val_set_size=0.2), r.tokenizer).valid, 0., 0
+    for s in ds:
+        ids, labels = torch.tensor([s["input_ids"]]), torch.tensor(s["labels"])
+        logp = r.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        for j, t in enumerate(labels[1:]):
+            if t!=IGNORE: total, n = total-logp[j, t].item(), n+1
+    assert r.metrics["eval_loss"]==pytest.approx(total/n, rel=1e-4)
+
+
+def test_nothing_is_pickled(data, tmp_path):
+    train(config(data, tmp_path, max_steps=2, micro_batch_size=2, save_strategy="steps", save_steps=1))
+    names = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert "training_args.bin" not in names and "model.safetensors" in names
+    assert {n for n in names if n.endswith((".bin", ".pkl", ".pt", ".pth"))}<={"optimizer.pt", "scheduler.pt", "rng_state.pth"} # read with weights_only
+
+
+def test_a_hopeless_run_stops(data, tmp_path):
+    with pytest.raises(UserError, match="loss_watchdog_threshold"): train(config(data, tmp_path, max_steps=20, loss_watchdog_threshold=1.0))
+
+
+def test_packing_is_refused_where_it_leaks(data, tmp_path):
+    with pytest.raises(LeakError, match="sample_packing"): train(config(data, tmp_path/"out", base_model="tiny:falcon", sample_packing=True))
+    assert not (tmp_path/"out").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_base(data, tmp_path, bits):
+    "Evaluations in between neither change the base nor spoil the gradient, and the merge holds"
+    kw = {f"load_in_{bits}bit": True} | LORA | dict(adapter="qlora" if bits==4 else "lora")
+    cfg = config(data, tmp_path, micro_batch_size=8, num_epochs=4, val_set_size=0.1, evals_per_epoch=2, **(kw | dict(learning_rate=1e-2)))
+    r = train(cfg)
+    assert losses(r)[-1]<losses(r)[0]-0.5
+    fresh = dict(load_model(cfg, r.tokenizer).named_parameters())
+    kept = {n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in r.model.named_parameters()}
+    same = [torch.equal(p, kept[n]) for n, p in fresh.items() if p.dtype in (torch.uint8, torch.int8)]
+    assert len(same)==14 and all(same)
+    folder, d = merge(cfg)
+    assert d.kl<1e-5
+
+
+RANKS = """
+import json, sys
+from tuneforge.all import *
+r = train(load_config(sys.argv[1], ["--gradient-accumulation-steps", sys.argv[2], "--output-dir", sys.argv[3]]))
+if r.history and __import__("os").environ.get("RANK", "0")=="0": print("LOSSES", json.dumps([(h["loss"], h["grad_norm"]) for h in r.history if "loss" in h]))
+"""
+
+
+def test_two_ranks_are_one(data, tmp_path):
+    "Two gloo processes and one process with twice the accumulation: the same steps, losses and gradients"
+    (tmp_path/"run.py").write_text(RANKS)
+    cfg = dict(base_model="tiny:llama", datasets=[dict(path=str(data), type="alpaca")], dataset_prepared_path=str(tmp_path/"prepared"), sequence_len=256,
+        learning_rate=1e-3, save_strategy="no", logging_steps=1, sample_packing=True, micro_batch_size=2, num_epochs=2)
+    (tmp_path/"c.yml").write_text(json.dumps(cfg))
+    said = []
+    env = dict(PYTHONPATH=str(ROOT))
+    for launcher, acc in ([sys.executable], 2), ([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port=29611"], 1):
+        res = run(*launcher, tmp_path/"run.py", tmp_path/"c.yml", acc, tmp_path/f"out{acc}", env=env)
+        assert res.returncode==0, res.stderr[-3000:]
+        said.append(json.loads(next(l for l in res.stdout.splitlines() if l.startswith("LOSSES"))[7:]))
+    one, two = said
+    assert len(one)==len(two)>3
+    assert [x for p in two for x in p]==pytest.approx([x for p in one for x in p], rel=1e-4)
