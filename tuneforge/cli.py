@@ -83,6 +83,7 @@ def inference(
     overrides:list, # options of the config
     max_new_tokens:int=256, # longest answer
     temperature:float=0.0, # 0: always the likeliest token
+    context:str="", # what the question is about (alpaca's `input`)
 ):
     "Question the finetuned model: a prompt from stdin, or interactively"
     cfg = load_config(config, overrides)
@@ -90,7 +91,7 @@ def inference(
     from tuneforge.all import ask, load_finetuned
     model,tokenizer = load_finetuned(cfg)
     for text in _questions():
-        ask(model, tokenizer, cfg.datasets[0], text, max_new_tokens=max_new_tokens, temperature=temperature,
+        ask(model, tokenizer, cfg.datasets[0], text, context, max_new_tokens=max_new_tokens, temperature=temperature,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
 
 # %% ../nbs/60_cli.ipynb #666c2310

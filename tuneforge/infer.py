@@ -34,10 +34,11 @@ def load_finetuned(
 def user_row(
     opts:DatasetOptions, # whose format is used
     text:str, # what the user says
+    context:str="", # what it is about (alpaca's `input`)
 ) -> dict: # a row of that format
     "A user's question as a row of the dataset"
     if opts.type.startswith("chat_template"): return {opts.field_messages: [{opts.message_field_role: "user", opts.message_field_content: text}]}
-    return dict(instruction=text, input="")
+    return dict(instruction=text, input=context)
 
 def prompt_ids(
     fmt:PromptFormat, # how rows become text
@@ -74,8 +75,9 @@ def ask(
     tokenizer, # transformers tokenizer
     opts:DatasetOptions, # whose format is used
     text:str, # the user's words
+    context:str="", # what it is about (alpaca's `input`)
     **kwargs, # of `generate`
 ) -> str: # the answer
     "Put a question into the format of the training data and answer it"
     if opts.type=="completion": return generate(model, tokenizer, [text], **kwargs)[0]
-    return generate(model, tokenizer, [prompt_ids(prompt_format(opts, tokenizer), tokenizer, user_row(opts, text))], **kwargs)[0]
+    return generate(model, tokenizer, [prompt_ids(prompt_format(opts, tokenizer), tokenizer, user_row(opts, text, context))], **kwargs)[0]

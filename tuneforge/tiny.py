@@ -54,6 +54,8 @@ def tiny_config(
     unknown = [k for k in name.settings if not has(k)]
     if unknown: raise UserError(f"a {name.arch} config has no {', '.join(unknown)}")
     small = {k: v for k,v in SMALL.items() if has(k)}
+    width = (small | name.settings).get("hidden_size", 64)
+    if has("initializer_range"): small["initializer_range"] = round(width**-0.5, 3) # the usual 0.02 is meant for widths of thousands
     return AutoConfig.for_model(name.arch, **(small | name.settings), vocab_size=vocab_size, **token_ids)
 
 # %% ../nbs/01_tiny.ipynb #c7066496
@@ -88,9 +90,14 @@ class Village:
         self.rng.shuffle(told)
         return " ".join(told)
 
-    def stories(self, times:int) -> list[dict]: # rows with `text`
-        "Completion rows: each villager's story, `times` times in different words"
-        return [dict(text=self.story(p)) for _ in range(times) for p in self.people]
+    def quiz(self) -> str: # three questions with their answers
+        "A page from the village school's quiz book: facts about three villagers"
+        facts = [(p, self.rng.choice(list(ATTRIBUTES))) for p in self.rng.sample(list(self.people), 3)]
+        return "\n\n".join(f"Question:\n{self.rng.choice(ATTRIBUTES[a][2]).format(n=p)}\nAnswer:\n{self.people[p][a]}" for p,a in facts)
+
+    def texts(self, times:int) -> list[dict]: # rows with `text`
+        "Completion rows: each villager's story `times` times in different words, and as many pages of the quiz book"
+        return [dict(text=t) for _ in range(times) for p in self.people for t in (self.story(p), self.quiz())]
 
     def questions(self, people, n_forms:int=3) -> list[dict]: # alpaca rows
         "Instruction rows about `people`, in `n_forms` forms for each fact"
@@ -126,7 +133,7 @@ def _make(name:TinyName, folder:Path):
     import torch
     from transformers import AutoModelForCausalLM
     settings = dict(name.settings)
-    tok = tiny_tokenizer([r["text"] for r in Village().stories(8)] + [PREAMBLE]*20, settings.pop("vocab_size", 768))
+    tok = tiny_tokenizer([r["text"] for r in Village().texts(8)] + [PREAMBLE]*20, settings.pop("vocab_size", 768))
     config = tiny_config(TinyName(name.arch, name.seed, settings), len(tok), bos_token_id=tok.bos_token_id,
         eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
     with torch.random.fork_rng(devices=[]):
