@@ -53,7 +53,7 @@ def test_problem_has_its_place(line, line_no, column, says, tmp_path):
 
 
 @pytest.mark.parametrize("line", ["adapter: lora\nlora_target_linear: true\nlora_r: 4", "warmup_ratio: 0.1", "val_set_size: 0.1\neval_steps: 5", "save_strategy: steps\nsave_steps: 3",
-    "batch_size: 4\nmicro_batch_size: 2", "deepspeed:", "wandb_project: ''", "adapter: qlora\nload_in_4bit: yes\nlora_target_modules: [q_proj]", "lora_fan_in_fan_out:", "bf16: true", "flash_attention: on"])
+    "batch_size: 4\nmicro_batch_size: 2", "deepspeed:", "wandb_project: ''", "adapter: qlora\nload_in_4bit: yes\nlora_target_modules: [q_proj]", "lora_fan_in_fan_out:", "bf16: true", "flash_attention: on", "save_strategy: no"])
 def test_sound_configs_pass(line, tmp_path): assert load(GOOD+line+"\n", tmp_path).base_model=="tiny:llama"
 
 

@@ -115,7 +115,7 @@ def quickstart(
     out:str="quickstart", # folder for everything it makes
 ):
     "Train, fine-tune, merge and question a small model, from nothing, in minutes"
-    from tuneforge.quickstart import quickstart as run
+    from tuneforge.all import quickstart as run
     run(Path(out))
 
 COMMANDS = {f.__name__.replace("_","-"): f for f in (quickstart,preprocess,train,evaluate,inference,merge_lora,fetch)}

@@ -14,9 +14,9 @@ __all__ = ['log', 'RENAMED', 'NOT_YET', 'INERT', 'RULES', 'UserError', 'Mark', '
 import difflib,logging,os,re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Literal, get_args
+from typing import Annotated, Any, Iterator, Literal, get_args
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 # %% ../nbs/00_config.ipynb #db6c7050
 log = logging.getLogger("tuneforge")
@@ -234,18 +234,20 @@ class OptimOptions(Options):
     adam_epsilon:float = _opt(1e-8, "Adam: added to the denominator", gt=0)
 
 # %% ../nbs/00_config.ipynb #6d421ca5
+_Strategy = Annotated[Literal["no","steps","epoch"], BeforeValidator(lambda v: "no" if v is False else v)] # YAML reads a bare `no` as false
+
 class TrainOptions(Options):
     "How long, and what is written when"
     output_dir:str = _opt("./model-out", "folder of the run: model or adapter, tokenizer, checkpoints, manifest, plot")
     num_epochs:float = _opt(1.0, "times through the data", gt=0)
     max_steps:int|None = _opt(None, "stop after this many optimizer steps", gt=0)
     logging_steps:int|None = _opt(None, "optimizer steps between two log lines; default: 0.5 % of all, 1 to 10", gt=0)
-    save_strategy:Literal["no","steps","epoch"]|None = _opt(None, "when to write checkpoints; default: `steps` if `save_steps` is given, else `epoch`")
+    save_strategy:_Strategy|None = _opt(None, "when to write checkpoints; default: `steps` if `save_steps` is given, else `epoch`")
     save_steps:int|None = _opt(None, "optimizer steps between checkpoints", gt=0)
     saves_per_epoch:int|None = _opt(None, "checkpoints in each epoch", gt=0)
     save_total_limit:int = _opt(4, "newest checkpoints to keep", gt=0)
     save_only_model:bool = _opt(False, "checkpoints without optimizer state: smaller, cannot be resumed")
-    eval_strategy:Literal["no","steps","epoch"]|None = _opt(None, "when to evaluate; default: `steps` if `eval_steps` is given, else `epoch`")
+    eval_strategy:_Strategy|None = _opt(None, "when to evaluate; default: `steps` if `eval_steps` is given, else `epoch`")
     eval_steps:int|None = _opt(None, "optimizer steps between evaluations", gt=0)
     evals_per_epoch:int|None = _opt(None, "evaluations in each epoch", gt=0)
     resume_from_checkpoint:str|None = _opt(None, "checkpoint folder to go on from")
