@@ -19,7 +19,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 install: $(READY) ## make .venv with the tested versions of constraints.txt
 
 quickstart: $(READY) ## train, fine-tune, merge and question a small model (4 minutes on 2 CPU cores)
-	OMP_NUM_THREADS=2 $(BIN)/tuneforge quickstart
+	$(BIN)/tuneforge quickstart
 
 test: $(READY)   ## everything but the slow cells: drift, notebooks, tests/
 	$(BIN)/python -m pytest
@@ -29,6 +29,10 @@ test-slow: $(READY) ## the slow cells and tests as well
 
 export: $(READY) ## notebooks to tuneforge/, and clean them
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
+
+run: $(READY)    ## run a notebook and keep its outputs: make run NB=nbs/22_adapters.ipynb
+	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 $(BIN)/nbdev-test $(NB) --save
+	$(BIN)/nbdev-clean --fname $(NB)
 
 readme: $(READY) ## README.md from nbs/index.ipynb
 	$(BIN)/python -m tests.readme > README.md.new && mv README.md.new README.md
@@ -40,4 +44,4 @@ docs: $(READY)   ## the docs site (needs Quarto)
 clean:           ## remove what make made (not your own outputs)
 	rm -rf .venv build dist *.egg-info _docs _proc quickstart
 
-.PHONY: help install quickstart test test-slow export readme docs clean
+.PHONY: help install quickstart test test-slow export run readme docs clean

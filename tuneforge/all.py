@@ -8,8 +8,9 @@ Docs: https://tuneforge.github.io/tuneforge/all.html.md"""
 __all__ = []
 
 # %% ../nbs/59_all.ipynb #574ac1b0
-import logging
-for _name in ("transformers","bitsandbytes","peft","accelerate"): logging.getLogger(_name).setLevel(logging.ERROR)
+import logging,warnings
+for _name in ("transformers","peft","accelerate"): logging.getLogger(_name).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 # %% ../nbs/59_all.ipynb #f6882e2d
 from .config import *

@@ -64,11 +64,14 @@ class _Bar:
     def stop(self): self.p.stop()
 
 class _Lines:
-    "A line for each log entry, where nothing can be drawn"
-    def __init__(self, console, title, total): self.console,self.title,self.total = console,title,total
+    "A line for each tenth of the run, or every half minute, where nothing can be drawn"
+    def __init__(self, console, title, total): self.console,self.title,self.total,self.due,self.last = console,title,total,0,time.monotonic()
     def start(self, step): pass
     def update(self, step, text): pass
-    def line(self, step, text): self.console.print(f"{self.title} {step}/{self.total}  {text}", highlight=False)
+    def line(self, step, text):
+        if step<self.due and step<self.total and time.monotonic()-self.last<30: return
+        self.due,self.last = step+self.total/10,time.monotonic()
+        self.console.print(f"{self.title} {step}/{self.total}  {text}", highlight=False)
     def stop(self): pass
 
 class _Cell:

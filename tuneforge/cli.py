@@ -151,6 +151,7 @@ def main(
     args = [a for a in args if a!="--traceback"]
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # idle threads must not spin: on a shared CPU that is 20 times slower
     if not args or args[0] in ("--help","-h","help"): return print(help_text()) or 0
     if args[0] in ("--version","-V"): return print(__version__) or 0
     try:

@@ -7,7 +7,7 @@ Docs: https://tuneforge.github.io/tuneforge/config.html.md"""
 # %% auto #0
 __all__ = ['log', 'RENAMED', 'NOT_YET', 'INERT', 'RULES', 'UserError', 'Mark', 'Problem', 'ConfigError', 'Document', 'Options',
            'SpecialTokens', 'BaseOptions', 'TokenizerOptions', 'ModelOptions', 'DatasetOptions', 'DataOptions',
-           'PackingOptions', 'LoraOptions', 'OptimOptions', 'TrainOptions', 'Config', 'unknown_key', 'rule',
+           'PackingOptions', 'LoraOptions', 'OptimOptions', 'TrainOptions', 'Config', 'nearest', 'unknown_key', 'rule',
            'parse_overrides', 'load_config', 'accumulation', 'interval']
 
 # %% ../nbs/00_config.ipynb #68df2fd5
@@ -339,15 +339,23 @@ def _group_at(path:tuple) -> type[Options]:
     nested = dict(datasets=DatasetOptions, test_datasets=DatasetOptions, special_tokens=SpecialTokens)
     return nested.get(path[0], Config) if path else Config
 
+def nearest(
+    key:str, # as the user wrote it
+    names, # what it could have been
+) -> str|None: # None: nothing is near
+    "The name most like `key`; a common beginning counts, since endings are what people forget"
+    alike = lambda n: difflib.SequenceMatcher(None, key, n).ratio() + 0.3*len(os.path.commonprefix([key, n]))/len(key)
+    return max(difflib.get_close_matches(key, names, 8, 0.7), key=alike, default=None)
+
 def unknown_key(
     key:str, # as the user wrote it
     path:tuple=(), # where it stands
 ) -> str: # the message
     "What to say of a `key` that is not valid under `path`: the nearest valid key, or where else it would be valid"
     names = list(_group_at(path).model_fields)
-    near = difflib.get_close_matches(str(key), names+(list(NOT_YET) if not path else []), 1, 0.7)
+    near = nearest(str(key), names+(sorted(NOT_YET) if not path else []))
     msg = f"unknown key `{key}`"
-    if near: return f"{msg}, did you mean `{near[0]}`?"
+    if near: return f"{msg}, did you mean `{near}`?"
     if path and key in Config.model_fields: return f"{msg} here: it is valid at the top level"
     homes = [k for k in ("datasets","special_tokens") if key in _group_at((k,)).model_fields]
     if homes and not path: return f"{msg} here: it is valid under `{homes[0]}`"
