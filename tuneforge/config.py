@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 # %% ../nbs/00_config.ipynb #db6c7050
 log = logging.getLogger("tuneforge")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR) # on CPUs it recommends a kernel from the hub at every import
 
 # %% ../nbs/00_config.ipynb #95bf914b
 class UserError(ValueError):

@@ -16,7 +16,6 @@ from .tiny import resolve_model
 
 # %% ../nbs/20_models.ipynb #25249129
 log = logging.getLogger("tuneforge")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR) # on CPUs it recommends a kernel from the hub at every import
 
 def best_device() -> str: # as torch names it
     "The accelerator, if there is one: `cuda` (also ROCm), `mps`, else `cpu`"

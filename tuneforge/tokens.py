@@ -34,7 +34,7 @@ def _load(opts:TokenizerOptions):
     try: tok,own = (c.from_pretrained(source, revision=revision) for c in (cls, transformers.AutoTokenizer))
     except (OSError, ValueError) as e: raise UserError(f"cannot load a tokenizer from {source!r}: {e}") from e
     if _returns_text(tok) or not _returns_text(own): return tok
-    log.warning(f"`tokenizer_type: {opts.tokenizer_type}` does not return text unharmed; the tokenizer of {source} itself is used")
+    log.warning(f"`tokenizer_type: {opts.tokenizer_type}` does not return text unharmed; the tokenizer of {opts.base_model} itself is used")
     return own
 
 # %% ../nbs/13_tokens.ipynb #c819a8b2
