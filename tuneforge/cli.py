@@ -53,7 +53,7 @@ def merge_lora(
     cfg = load_config(config, overrides)
     from tuneforge.all import merge
     folder,drift = merge(cfg, out)
-    print(f"merged into {folder}: KL {drift.kl:.1e} nats, same token in {drift.same_token:.1%}")
+    print(f"merged into {folder}: KL {drift.kl:.1g} nats, same token in {drift.same_token:.1%}")
 
 def evaluate(
     config:str, # YAML file of the training run

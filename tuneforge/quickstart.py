@@ -99,7 +99,7 @@ class Quickstart:
         speed = lambda r: f"{r.metrics['tokens']/r.metrics['seconds']:,.0f} tokens/s, {r.metrics['steps']} steps"
         share = lambda a: f"{a.exact_match:.1%} of {len(a.rows)}"
         return [("held-out exact match, before fine-tuning", share(self.before)), ("… after fine-tuning", share(self.after)),
-            ("… after merging", f"{share(self.merged)} (KL to the adapter {self.kl:.0e} nats)"),
+            ("… after merging", f"{share(self.merged)} (KL to the adapter {self.kl:.1g} nats)"),
             ("training from nothing", speed(self.pretrain)), ("LoRA fine-tuning", speed(self.finetune)),
             ("packing efficiency", f"{self.pretrain.metrics['packing_efficiency']:.1%} and {self.finetune.metrics['packing_efficiency']:.1%}"),
             ("time in all", f"{self.seconds:.0f} s"), ("files", f"{self.folder}/: pretrain.yml, lora.yml, data, base, lora, lora/merged"), ("plot of the loss", f"{self.folder}/loss.png")]
