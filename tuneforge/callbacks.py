@@ -136,6 +136,7 @@ def plot_history(
     rate = ax.twinx()
     rate.plot(*of("learning_rate"), color="#bbbbbb", lw=1, ls=":")
     rate.set_ylabel("learning rate", color="#888888")
+    rate.ticklabel_format(style="sci", axis="y", scilimits=(0,0))
     ax.set(xlabel="step", ylabel="loss", title=title, ylim=(0, None))
     ax.legend(loc="upper right")
     if path: fig.savefig(path)

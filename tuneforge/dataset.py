@@ -120,7 +120,7 @@ def draw_valid(
 def _content(entry:DatasetOptions):
     "What identifies the rows of an entry"
     if not is_local(entry.path): return [entry.path, entry.revision]
-    return [hashlib.sha256(f.read_bytes()).hexdigest() for f in local_files(entry)]
+    return [hashlib.file_digest(f.open("rb"), "sha256").hexdigest() for f in local_files(entry)]
 
 def data_key(
     opts:DataOptions, # all that decides about rows
