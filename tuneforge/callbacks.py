@@ -11,6 +11,7 @@ __all__ = ['Speed', 'LiveProgress', 'LossWatchdog', 'smooth', 'plot_history']
 import math,time
 from pathlib import Path
 import numpy as np
+from fastcore.imports import in_ipython
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
@@ -37,7 +38,7 @@ class LiveProgress(TrainerCallback):
         title:str="Training", # before the bar
     ):
         self.speed,self.title,self.said = Speed(tokens_by_step),title,{}
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=not in_ipython()) # stderr keeps stdout for results; a page has no such need
     def on_train_begin(self, args, state, control, **kwargs):
         self.speed.begin(state.global_step)
         self.show = _display(self.console, self.title, state.max_steps)
