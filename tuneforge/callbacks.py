@@ -14,8 +14,8 @@ import numpy as np
 from fastcore.imports import in_ipython
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
 from .config import UserError
+from transformers import TrainerCallback
 
 # %% ../nbs/31_callbacks.ipynb #d462a24d
 def _number(x): return f"{x:.2e}" if x and abs(x)<1e-3 else f"{x:.3f}"

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from .adapters import add_adapter
 from .attention import check_isolation, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
@@ -27,6 +26,7 @@ from .models import best_device, choose_precision, load_model
 from .optim import optimizer_name, schedule
 from .packing import Collator, PackPlan, plan_evaluation, plan_training
 from .tokens import IGNORE, load_tokenizer
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 # %% ../nbs/33_train.ipynb #a18a9322
 def total_steps(
