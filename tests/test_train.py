@@ -161,3 +161,16 @@ def test_two_ranks_are_one(data, tmp_path):
     one, two = said
     assert len(one)==len(two)>3
     assert [x for p in two for x in p]==pytest.approx([x for p in one for x in p], rel=1e-4)
+
+
+def test_new_tokens_need_a_trained_embedding(data, tmp_path):
+    new = dict(special_tokens=dict(eos_token="<|the end|>"), micro_batch_size=8, max_steps=3, **LORA)
+    with pytest.raises(UserError, match="lora_modules_to_save"): train(config(data, tmp_path/"a", **new))
+    r = train(config(data, tmp_path/"b", **(new | dict(special_tokens=dict(pad_token="<|nothing|>")))))
+    assert r.tokenizer.pad_token_id==len(r.tokenizer)-1
+    cfg = config(data, tmp_path/"c", lora_modules_to_save=["embed_tokens", "lm_head"], **new)
+    before = load_model(cfg, load_tokenizer(cfg)).get_input_embeddings().weight
+    r = train(cfg)
+    folder, d = merge(cfg)
+    after = load_model(ModelOptions(base_model=str(folder))).get_input_embeddings().weight
+    assert d.kl<1e-5 and not torch.equal(after[-1], before[-1])

@@ -55,7 +55,7 @@ def answer_all(
     longest = max(len(a) for _,a in pairs)
     text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     rows = []
-    for i in tqdm(range(0, len(pairs), batch_size), desc="Answering", leave=False, disable=not progress):
+    for i in tqdm(range(0, len(pairs), batch_size), desc="Answering", leave=False, disable=None if progress else True):
         batch = pairs[i:i+batch_size]
         said = generate(model, tokenizer, [q for q,_ in batch], max_new_tokens=longest+4)
         rows += [(text(q), text(a), s) for (q,a),s in zip(batch, said)]

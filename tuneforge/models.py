@@ -68,7 +68,11 @@ def fit_vocabulary(
     tokenizer, # with all its tokens
 ):
     "Grow the embedding to the tokenizer's size; tell the model which ids begin, end and pad"
-    if len(tokenizer)>model.get_input_embeddings().weight.shape[0]: model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    n = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer)>n:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for e in {o for o in (model.get_input_embeddings(), model.get_output_embeddings()) if o is not None}:
+            with torch.no_grad(): e.weight[n:] = e.weight[:n].float().mean(0).to(e.weight.dtype)
     for k in ("bos_token_id","eos_token_id","pad_token_id"):
         for c in (model.config, model.generation_config): setattr(c, k, getattr(tokenizer, k))
 

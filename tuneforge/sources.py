@@ -26,7 +26,9 @@ def local_files(
     "Files of a local dataset. Raises `UserError` when there are none."
     path = Path(opts.path).expanduser()
     if not path.exists(): raise UserError(f"datasets: no such file or folder: {opts.path}")
-    if path.is_file(): return [path]
+    if path.is_file():
+        if path.suffix not in SUFFIXES and not opts.ds_type: raise UserError(f"datasets: {opts.path} is not called .json or .jsonl, and other kinds of files are not supported yet. If it is JSON all the same, say `ds_type: json`")
+        return [path]
     named = [opts.data_files] if isinstance(opts.data_files, str) else opts.data_files
     files = [path/o for o in named] if named else sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
     missing = [str(f) for f in files if not f.is_file()]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from .adapters import add_adapter
+from .adapters import add_adapter, check_new_tokens
 from .attention import check_isolation, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
 from .checkpoint import Run, resume_from
@@ -223,6 +223,7 @@ def train(
     tokenizer = load_tokenizer(cfg)
     data = prepare_data(cfg, tokenizer)
     set_seed(cfg.seed)
+    if cfg.adapter: check_new_tokens(cfg, tokenizer)
     model = load_model(cfg, tokenizer)
     set_attention(model, cfg)
     if cfg.sample_packing: check_isolation(model)
