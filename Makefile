@@ -22,10 +22,10 @@ quickstart: $(READY) ## train, fine-tune, merge and question a small model (a mi
 	$(BIN)/tuneforge quickstart
 
 test: $(READY)   ## everything but the slow cells: drift, notebooks, tests/
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4
 
 test-slow: $(READY) ## the slow cells and tests as well
-	$(BIN)/python -m pytest --slow
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --slow
 
 export: $(READY) ## notebooks to tuneforge/, and clean them
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean

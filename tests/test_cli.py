@@ -1,8 +1,9 @@
 "The command line as a user types it: the whole way, and every mistake a message and exit code 2"
-import json, shutil
+import contextlib, io, json, os, shutil
 from pathlib import Path
 import pytest
 from tests.tools import ROOT, run, tuneforge, write_jsonl
+from tuneforge.cli import main
 from tuneforge.tiny import Village, tiny_model
 
 # A config as people have them for Axolotl: an alpaca LoRA run with its blank keys and its GPU settings.
@@ -22,7 +23,7 @@ dataset_prepared_path:
 val_set_size: 0.05
 output_dir: ./outputs/lora-out
 
-sequence_len: 4096
+sequence_len: 1024
 sample_packing: true
 eval_sample_packing: false
 pad_to_sequence_len: true
@@ -114,18 +115,26 @@ def mistake(d, *args, data="mine.jsonl", type="alpaca", more="", config=None):
     "stderr of a command that must end with 2, without a traceback and without leaving anything"
     (d/"c.yml").write_text(config or CONFIG.format(data=data, type=type, more=more))
     before = {p for p in d.rglob("*")}
-    res = tuneforge(*(args or ["train", "c.yml"]), cwd=d)
-    assert res.returncode==2, (res.returncode, res.stderr)
-    assert "Traceback" not in res.stderr
+    here, said = os.getcwd(), io.StringIO()
+    os.chdir(d)
+    try:
+        with contextlib.redirect_stderr(said): code = main(list(args or ["train", "c.yml"]))
+    finally: os.chdir(here)
+    assert code==2, (code, said.getvalue())
     left = [p for p in set(d.rglob("*"))-before if p.is_file()]
     assert not left, left
-    return res.stderr
+    return said.getvalue()
 
 
 @pytest.fixture
 def d(tmp_path):
     write_jsonl(tmp_path/"mine.jsonl", [dict(instruction="a", output="b")]*3)
     return tmp_path
+
+
+def test_a_mistake_ends_with_2_and_no_traceback(d):
+    res = tuneforge("train", "nothing.yml", cwd=d)
+    assert res.returncode==2 and "no config file: nothing.yml" in res.stderr and "Traceback" not in res.stderr and not res.stdout
 
 
 def test_missing_config(d): assert "no config file: nothing.yml" in mistake(d, "train", "nothing.yml")
