@@ -177,7 +177,8 @@ def test_traceback_on_request(d):
 
 def test_unknown_command(d):
     res = tuneforge("trian", "c.yml", cwd=d)
-    assert res.returncode==2 and "merge-lora" in res.stderr
+    assert res.returncode==2 and "did you mean `train`" in res.stderr
+    assert "merge-lora" in tuneforge("sing", cwd=d).stderr
 
 
 def test_help_and_version(d):

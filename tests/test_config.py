@@ -1,8 +1,14 @@
 "Mistakes in configs are found, placed and explained; sound configs are read as written"
-import difflib
+import copy, json, pickle
 import pytest, yaml
-from hypothesis import given, strategies as st
-from tuneforge.config import NOT_YET, RENAMED, Config, ConfigError, DatasetOptions, Document, load_config, parse_overrides, unknown_key
+from hypothesis import given, settings, strategies as st
+from pydantic import TypeAdapter
+from tuneforge.config import *
+from tuneforge.document import ConfigError, Document, UserError
+from tuneforge.options import *
+from tuneforge.options import HARMLESS, MOVED, NOT_YET, RENAMED
+from tuneforge.rules import OFF
+from tests.tools import ROOT
 
 GOOD = """base_model: tiny:llama
 datasets:
@@ -10,6 +16,8 @@ datasets:
     type: alpaca
 learning_rate: 1e-4
 """
+KEYS, ENTRY = field_names(AllOptions), field_names(DatasetOptions)
+OLD = [k.split(".")[-1] for k in RENAMED]
 
 
 def problems(text, tmp_path, *overrides):
@@ -18,85 +26,188 @@ def problems(text, tmp_path, *overrides):
     return e.value.problems
 
 
-def load(text, tmp_path, *overrides):
+def load(text, tmp_path, *overrides, **kw):
     (tmp_path/"c.yml").write_text(text)
-    return load_config(tmp_path/"c.yml", list(overrides))
+    return load_config(tmp_path/"c.yml", list(overrides), **kw)
 
 
 @pytest.mark.parametrize("line, line_no, column, says", [
     ("lora_rr: 8", 6, 1, "did you mean `lora_r`"),
-    ("  - pth: x", 6, 5, "did you mean `path`"),
-    ("sequence_len: long", 6, 15, "'long'"),
+    ("  - pth: x", 5, 5, "did you mean `path`"),
+    ("sequence_len: long", 6, 15, "'long', but should be a whole number over 1"),
+    ("sequence_len: 0", 6, 15, "should be a whole number over 1"),
+    ("sequence_len: 1.5", 6, 15, "should be a whole number"),
+    ("sample_packing: maybe", 6, 17, "should be true or false"),
     ("learning_rate: 2", 6, 1, "given twice, first in line 5"),
-    ("deepspeed: zero3.json", 6, 1, "not supported by tuneforge yet"),
-    ("adapter: qlora\nlora_target_linear: true", 6, 1, "needs `load_in_4bit: true`"),
-    ("load_in_4bit: true", 6, 1, "needs an adapter"),
-    ("lora_r: 8", 6, 1, "no effect without `adapter`"),
-    ("adapter: lora", 6, 1, "say what to adapt"),
-    ("warmup_steps: 1\nwarmup_ratio: 0.1", 7, 1, "give either"),
-    ("eval_steps: 10", 6, 1, "needs something to evaluate on"),
-    ("save_strategy: epoch\nsave_steps: 3", 7, 1, "contradicts"),
-    ("batch_size: 3\nmicro_batch_size: 2", 6, 1, "no multiple"),
-    ("eval_sample_packing: true", 6, 1, "needs `sample_packing: true`"),
-    ("chat_template: jinja", 6, 1, "needs `chat_template_jinja`"),
-    ("fp16: true\nbf16: true", 6, 1, "several precisions"),
-    ("flash_attention: true\neager_attention: true", 6, 1, "several attention backends"),
+    ("deepspeed: zero3.json", 6, 1, "known, but not supported yet"),
+    ("optimizer: lion_pytorch", 6, 1, "`optimizer: lion_pytorch` is known, but not supported yet"),
+    ("optimizer: adamw_torh", 6, 12, "did you mean `adamw_torch`"),
+    ("save_strategy: evry", 6, 16, "one of `no`, `steps`, `epoch`, `best`"),
     ("special_tokens: {pad_tokn: x}", 6, 18, "did you mean `pad_token`"),
+    ("special_tokens: <pad>", 6, 17, "should be a block of keys"),
     ("model_type: X\ntype_of_model: X", 6, 1, "another name of `type_of_model`"),
+    ("rope_scaling: {type: linear}", 6, 1, "put it under `overrides_of_model_config`"),
+    ("trl: {beta: 1}", 6, 1, "tuneforge does not serve it"),
+    ("base_model:", 6, 1, "given twice"),
+    ("field_messages: x", 6, 1, "valid under `datasets[]`"),
+    ("pad_token: x", 6, 1, "valid under `special_tokens`"),
+    ("lora_target_modules: [q_proj, [3]]", 6, 22, "should be text or a list of texts"),
+    ("lora_target_modules: {q: 1}", 6, 22, "should be text or a list of texts"),
+    ("gpu_memory_limit: 20 gigs", 6, 19, "should be"),
+    ("test_datasets: x.jsonl", 6, 16, "should be a list of blocks"),
+    ("test_datasets:\n  - x.jsonl", 7, 5, "should be a block of `key: value` lines"),
+    ("test_datasets: {path: x.jsonl}", 6, 16, "a list entry begins with `- `"),
+    ("kind: x", 6, 1, "unknown key `kind`"),
+    ("  - {path: x, kind: kto}", 5, 15, "unknown key `kind`"),
 ])
 def test_problem_has_its_place(line, line_no, column, says, tmp_path):
     text = GOOD.replace("learning_rate", line+"\nlearning_rate") if line.startswith("  -") else GOOD+line+"\n"
-    if line.startswith("  -"): line_no -= 1
     found = [p for p in problems(text, tmp_path) if says in p.message]
     assert found, [str(p) for p in problems(text, tmp_path)]
     assert (found[0].mark.line, found[0].mark.column)==(line_no, column)
+    assert found[0].mark.text==text.splitlines()[line_no-1] and str(found[0]).endswith("^")
 
 
-@pytest.mark.parametrize("line", ["adapter: lora\nlora_target_linear: true\nlora_r: 4", "warmup_ratio: 0.1", "val_set_size: 0.1\neval_steps: 5", "save_strategy: steps\nsave_steps: 3",
-    "batch_size: 4\nmicro_batch_size: 2", "deepspeed:", "wandb_project: ''", "adapter: qlora\nload_in_4bit: yes\nlora_target_modules: [q_proj]", "lora_fan_in_fan_out:", "bf16: true", "flash_attention: on", "save_strategy: no"])
+@pytest.mark.parametrize("line", ["adapter: lora\nlora_target_linear: true\nlora_r: 4", "val_set_size: 0.1\neval_steps: 5", "deepspeed:", "wandb_project: ''", "wandb_mode: ''", "adapter: qlora\nload_in_4bit: yes\nlora_target_modules: [q_proj]",
+    "lora_fan_in_fan_out:", "bf16: true", "flash_attention: on", "save_strategy: no", "save_strategy: \"no\"", "group_by_length: false", "evals_per_epoch: 4", "hf_use_auth_token: false", "loraplus_lr_embedding:", "save_steps: 0.25", "num_epochs: 2"])
 def test_sound_configs_pass(line, tmp_path): assert load(GOOD+line+"\n", tmp_path).base_model=="tiny:llama"
 
 
 def test_all_problems_at_once(tmp_path):
-    found = problems("base_modl: x\ndatasets: []\nlearning_rate: -1\nfoo: 1\n", tmp_path)
-    assert len(found)==5 # base_model missing, base_modl, datasets too short, learning_rate, foo
+    found = problems("base_modl: x\ndatasets: []\nlearning_rate: -1\nfoo: 1\nmicro_batch_size: x\n", tmp_path, "--lora-rr", "1")
+    assert [p.mark.line for p in found if p.mark.column]==[1, 3, 4, 5] and "argument 1" in str(found[-1]) # the missing base_model is the misspelt one
 
 
-KEYS = sorted(Config.model_fields)
+def test_types_first_then_rules(tmp_path):
+    assert "nothing to train on" in str(problems(GOOD.replace("  - path: train.jsonl\n    type: alpaca\n", "").replace("datasets:", "datasets: []"), tmp_path)[0])
+    assert "`learning_rate` is missing: peak learning rate" in str(problems(GOOD.replace("learning_rate: 1e-4\n", ""), tmp_path)[0])
 
 
-@given(st.sampled_from(KEYS), st.integers(0, 30), st.sampled_from("abcxyz_"))
-def test_a_key_with_one_letter_too_many_is_refused_and_recognised(key, at, letter):
-    typo = key[:at]+letter+key[at:]
-    if typo in KEYS or typo in NOT_YET or typo in RENAMED: return
-    with pytest.raises(ConfigError) as e: load_config(yaml.safe_load(GOOD) | {typo: None})
-    said = " ".join(p.message for p in e.value.problems)
-    assert f"unknown key `{typo}`" in said and ("did you mean" in said or "it is valid under" in said)
+# ---- each mutation of each key
+
+def mutants(key):
+    "The key with one letter dropped, or two neighbours swapped"
+    dropped = {key[:i]+key[i+1:] for i in range(len(key))}
+    swapped = {key[:i]+key[i+1]+key[i]+key[i+2:] for i in range(len(key)-1)}
+    return sorted(m for m in dropped | swapped if m and not m[0].isdigit())
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1),
-    lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text("abcdef", min_size=1), c, max_size=3), max_leaves=12))
-def test_documents_read_what_yaml_reads(value):
-    text = yaml.safe_dump(dict(top=value))
-    assert Document(text).value==yaml.safe_load(text)
+@pytest.mark.parametrize("keys, path", [(KEYS, ()), (ENTRY, ("datasets", 0))], ids=["top", "datasets"])
+def test_every_slip_is_refused_with_the_right_suggestion(keys, path, tmp_path):
+    for key in keys:
+        typos = [m for m in mutants(key) if m not in keys and m not in OLD and m not in KEYS and m not in ENTRY]
+        lines = [("    " if path else "")+f"{m}: 1" for m in typos]
+        text = GOOD.replace("learning_rate", "\n".join([*lines, "learning_rate"])) if path else GOOD+"\n".join(lines)+"\n"
+        first = 5 if path else 6
+        found = {p.mark.line: p.message for p in problems(text, tmp_path) if p.mark} if typos else {}
+        for i, m in enumerate(typos):
+            said = found[first+i]
+            assert f"unknown key `{m}`" in said and (f"`{key}`" in said or any(f"did you mean `{o}`" in said for o in OLD)), (key, said)
 
 
-def test_numbers_people_write():
-    doc = Document("a: 1e-4\nb: 2.5E3\nc: 1_000\nd: yes\ne: off\nf: '1e-4'\n")
-    assert doc.value==dict(a=1e-4, b=2500., c=1000, d=True, e=False, f="1e-4")
+@pytest.mark.parametrize("path", [(), ("datasets", 0)], ids=["top", "datasets"])
+def test_every_wrong_type_is_refused(path, tmp_path):
+    group = DatasetOptions if path else AllOptions
+    for key in field_names(group):
+        if key in ("extends", "base_model") or (path and key=="path"): continue
+        f = group.model_fields[key]
+        check = TypeAdapter(f.annotation)
+        def fits(v):
+            try: check.validate_python(v)
+            except Exception: return False
+            return True
+        wrong = next(v for v in ("no way", [[1]], dict(a=1), 1.5) if not fits(v))
+        text = f"{key}: {json.dumps(wrong)}\n"
+        if key=="datasets": whole = "base_model: x\nlearning_rate: 1\n"+text
+        elif path: whole = GOOD.replace("    type: alpaca\n", "    "+text) if key=="type" else GOOD.replace("learning_rate", "    "+text+"learning_rate")
+        else: whole = "\n".join(l for l in GOOD.splitlines() if not l.startswith(f"{key}:"))+"\n"+text
+        line = whole.splitlines().index(("    " if path else "")+text.rstrip())+1
+        found = [p for p in problems(whole, tmp_path) if p.mark and p.mark.line==line and "should be" in p.message]
+        assert found, (key, wrong)
 
 
-def test_anchors_and_merges(): assert Document("x: &a {p: 1, q: 2}\ny:\n  <<: *a\n  q: 3\n").value["y"]==dict(p=1, q=3)
+def test_every_wrong_nesting_is_refused(tmp_path):
+    for key in [k for k in KEYS if k not in ENTRY]:
+        text = GOOD.replace("learning_rate", f"    {key}: 1\nlearning_rate") if key!="learning_rate" else GOOD.replace("type: alpaca\n", "type: alpaca\n    learning_rate: 1\n")
+        assert any(p.mark and p.mark.line==5 and "valid at the top level" in p.message for p in problems(text, tmp_path)), key
+    for key in [k for k in ENTRY if k not in KEYS]:
+        assert any(p.mark and p.mark.line==6 and "valid under `datasets[]`" in p.message for p in problems(GOOD+f"{key}: 1\n", tmp_path)), key
 
+
+def test_every_axolotl_key_is_known(tmp_path):
+    "Each alone, with a value of its type: whatever rules say of it, it is neither unknown nor of a wrong type"
+    lines = [l for l in (ROOT/"tests"/"axolotl_keys.yml").read_text().splitlines() if l and l[0]!="#"]
+    assert len(lines)>250
+    base = yaml.safe_load(GOOD)
+    for l in lines:
+        key = l.split(":")[0]
+        try: load_config(base | Document(l).value, planned=True)
+        except ConfigError as e: assert not any(w in str(e) for w in ("unknown", "should be", "is blank", "missing")), (key, str(e))
+
+
+def test_what_is_not_built_is_refused_and_what_is_off_is_not(tmp_path):
+    for key in [k for k in NOT_YET if "=" not in k and "." not in k]:
+        assert load_config(yaml.safe_load(GOOD) | {key: None}), key
+        f = AllOptions.model_fields[key]
+        if f.default in OFF and not isinstance(f.default, list): load_config(yaml.safe_load(GOOD) | {key: f.default})
+    text = GOOD+"fsdp: [full_shard]\nwandb_project: me\n"
+    assert all("not supported yet" in p.message for p in problems(text, tmp_path)) and len(problems(text, tmp_path))==2
+    assert load(text, tmp_path, planned=True).wandb_project=="me"
+
+
+def test_tables_name_keys_that_exist():
+    names = {k.split("=")[0].split(".")[-1] for k in NOT_YET} | set(HARMLESS) | {v for k, v in RENAMED.items()}
+    assert names <= set(KEYS) | set(ENTRY) | set(SpecialTokens.model_fields)
+    assert not (set(RENAMED) | set(MOVED)) & set(KEYS)
+
+
+# ---- meaning
+
+def test_texts_stay_as_written(tmp_path):
+    cfg = load(GOOD+"output_dir: 010\nrevision_of_model: 1e5\ntokenizer_type: no\nwandb_name: 2024-01-01\nwandb_project: p\n", tmp_path, planned=True)
+    assert (cfg.output_dir, cfg.revision_of_model, cfg.tokenizer_type, cfg.wandb_name)==("010", "1e5", "no", "2024-01-01")
+
+
+def test_null_is_not_absent(tmp_path):
+    cfg = load(GOOD.replace("type: alpaca", "type: chat_template\n    roles_to_train:"), tmp_path)
+    assert cfg.datasets[0].roles_to_train is None and cfg.datasets[0].explicit()["roles_to_train"] is None
+    assert load(GOOD, tmp_path).datasets[0].roles_to_train==["assistant"]
+    cfg = load(GOOD+"seed:\nlora_fan_in_fan_out:\n", tmp_path)
+    assert cfg.seed==42 and len(cfg.notes)==1 and "`seed` is blank" in cfg.notes[0]
+    assert "is blank, but should be text" in str(problems(GOOD.replace("tiny:llama", ""), tmp_path)[0])
+
+
+def test_old_names_are_accepted_with_a_note(tmp_path):
+    cfg = load(GOOD.replace("type: alpaca", "train_on_split: test")+"evaluation_strategy: steps\neval_steps: 5\nval_set_size: 0.1\nmodel_type: LlamaForCausalLM\n", tmp_path)
+    assert (cfg.eval_strategy, cfg.type_of_model, cfg.datasets[0].split)==("steps", "LlamaForCausalLM", "test")
+    assert len(cfg.notes)==3 and any("`evaluation_strategy` is called `eval_strategy`" in n for n in cfg.notes) and cfg.where("eval_strategy").endswith("c.yml:6")
+
+
+def test_the_kind_of_an_entry_follows_from_the_mode(tmp_path):
+    pair = dict(base_model="x", learning_rate=1, datasets=[dict(path="y", field_chosen="good")])
+    assert isinstance(load_config(pair | dict(rl="dpo"), planned=True).datasets[0], PreferenceDataset)
+    with pytest.raises(ConfigError, match="unknown key `field_chosen`"): load_config(pair)
+    with pytest.raises(ConfigError, match="unknown key `train_on_eos`"): load_config(pair | dict(rl="dpo", datasets=[dict(path="y", train_on_eos="turn")]), planned=True)
+    with pytest.raises(ConfigError, match="`datasets\\[0\\].train_on_eos` is 'bogus'"): load_config(pair | dict(datasets=[dict(path="y", type="chat_template", train_on_eos="bogus", field="x")]))
+    assert load_config(pair | dict(datasets=[dict(path="y", name=["a", "b"])])).datasets[0].name==["a", "b"]
+
+
+def test_sizes(tmp_path): assert load(GOOD+"max_memory: {0: 20GiB, cpu: 64GiB}\n", tmp_path, planned=True).max_memory=={0: "20GiB", "cpu": "64GiB"}
+
+
+# ---- overrides, bases, several files
 
 def test_overrides_mean_what_the_file_means(tmp_path):
-    cfg = load(GOOD, tmp_path, "--learning-rate", "2e-5", "--sample_packing", "--no-shuffle-merged-datasets", "--datasets.0.type=completion", "--special-tokens.pad-token", "<pad>")
-    assert (cfg.learning_rate, cfg.sample_packing, cfg.shuffle_merged_datasets, cfg.datasets[0].type, cfg.special_tokens.pad_token)==(2e-5, True, False, "completion", "<pad>")
+    cfg = load(GOOD, tmp_path, "--learning-rate", "2e-5", "--sample_packing", "--no-shuffle-merged-datasets", "--datasets.0.type=completion", "--special-tokens.pad-token", "<pad>", "--tokenizer-type", "1e3")
+    assert (cfg.learning_rate, cfg.sample_packing, cfg.shuffle_merged_datasets, cfg.datasets[0].type, cfg.special_tokens.pad_token, cfg.tokenizer_type)==(2e-5, True, False, "completion", "<pad>", "1e3")
+    assert load(GOOD+"load_in_8bit: true\nadapter: lora\nlora_target_linear: true\n", tmp_path, "--no-load-in-8bit").load_in_8bit is False
+    assert load(GOOD, tmp_path, "--lora_r=").lora_r==8
 
 
-def test_override_mistakes_are_placed_by_argument(tmp_path):
-    p = problems(GOOD, tmp_path, "--micro-batch-size", "2", "--lora-rr", "8")[0]
-    assert "command line, argument 3" in str(p) and "lora_r" in str(p)
+@pytest.mark.parametrize("args, says", [(["--micro-batch-size", "2", "--lora-rr", "8"], "on the command line, argument 3: unknown key `lora_rr`, did you mean `lora_r`"), (["--micro-batch-size", "two"], "argument 1: `micro_batch_size` is 'two', but should be a whole number"),
+    (["--datasets.5.path", "x"], "argument 1: there is no `datasets.5`"), (["--base-model.x", "1", "--datasets.0.pth", "x"], "unknown key `pth`"), (["lora_r", "8"], "argument 1: expected an option"), (["--seed", "[1"], "argument 1: '[1': this is not valid YAML")])
+def test_override_mistakes_are_placed_by_argument(args, says, tmp_path):
+    assert any(says in str(p) for p in problems(GOOD, tmp_path, *args)), problems(GOOD, tmp_path, *args)
 
 
 def test_strict_allows_no_new_keys(tmp_path):
@@ -105,10 +216,117 @@ def test_strict_allows_no_new_keys(tmp_path):
     assert "allows no new keys" in problems(text, tmp_path, "--seed", "1")[0].message
 
 
-@given(st.lists(st.sampled_from(["--a", "--a=1", "--no-b", "x", "3", "--c.0.d", "[1, 2]"]), max_size=6))
+@given(st.lists(st.sampled_from(["--a", "--a=1", "--no-b", "x", "3", "--c.0.d", "[1, 2]", "--", "{", "--=", "--no-"]), max_size=6))
 def test_parsing_overrides_never_crashes(args):
     try: assert len(parse_overrides(args))<=len(args)
     except ConfigError as e: assert "argument" in str(e)
+
+
+def test_bases_and_several_configs(tmp_path):
+    (tmp_path/"sub").mkdir()
+    (tmp_path/"base.yml").write_text(GOOD+"seed: 1\nmicro_batch_size: 2\n")
+    (tmp_path/"more.yml").write_text("special_tokens: {pad_token: p}\nseed: 2\n")
+    (tmp_path/"sub"/"mine.yml").write_text("extends: [../base.yml, ../more.yml]\nmicro_batch_size: 8\nspecial_tokens: {eos_token: e}\n")
+    cfg = load_config([tmp_path/"sub"/"mine.yml", dict(num_epochs=3)], ["--seed", "9"])
+    assert (cfg.seed, cfg.micro_batch_size, cfg.num_epochs, cfg.special_tokens.pad_token, cfg.special_tokens.eos_token)==(9, 8, 3, "p", "e")
+    assert cfg.where("learning_rate").endswith("base.yml:5") and cfg.where("special_tokens", "pad_token").endswith("more.yml:1") and cfg.where("seed")=="on the command line, argument 1"
+    (tmp_path/"more.yml").write_text("seeed: 2\n")
+    with pytest.raises(ConfigError, match="more.yml:1:1: unknown key `seeed`, did you mean `seed`"): load_config(tmp_path/"sub"/"mine.yml")
+
+
+def test_circles_and_missing_bases(tmp_path):
+    (tmp_path/"a.yml").write_text("extends: b.yml\n")
+    (tmp_path/"b.yml").write_text("extends: ./a.yml\n")
+    with pytest.raises(UserError, match="(?s)circle.*a.yml.*b.yml.*a.yml"): load_config(tmp_path/"a.yml")
+    (tmp_path/"b.yml").write_text("extends: 3\n")
+    with pytest.raises(ConfigError, match="`extends` is 3, but should be a file"): load_config(tmp_path/"a.yml")
+    (tmp_path/"b.yml").write_text("extends: gone.yml\n")
+    with pytest.raises(UserError, match="no config file"): load_config(tmp_path/"a.yml")
+
+
+def test_folders(tmp_path):
+    with pytest.raises(UserError, match="holds no config"): load_config(tmp_path)
+    (tmp_path/"one.yml").write_text(GOOD)
+    assert load_config(tmp_path).base_model=="tiny:llama"
+    (tmp_path/"two.yaml").write_text(GOOD)
+    with pytest.raises(UserError, match="(?s)several configs.*one.yml.*two.yaml"): load_config(tmp_path)
+    with pytest.raises(UserError, match="did you mean `.*one.yml`"): load_config(tmp_path/"onee.yml")
+
+
+def test_not_utf8(tmp_path):
+    (tmp_path/"c.yml").write_bytes(GOOD.encode()+b"# caf\xe9\n")
+    with pytest.raises(UserError, match="not UTF-8"): load_config(tmp_path/"c.yml")
+    (tmp_path/"c.yml").write_bytes(b"\xef\xbb\xbf"+GOOD.encode())
+    assert load_config(tmp_path/"c.yml").base_model=="tiny:llama"
+
+
+# ---- in Python
+
+def test_python_and_yaml_say_the_same(tmp_path):
+    kw = dict(base_model="tiny:llama", datasets=[dict(path="train.jsonl", type="alpaca")], learning_rate=1e-4)
+    assert Config(**kw)==load(GOOD, tmp_path)==load_config(kw)==Config(**(kw | dict(datasets=[DatasetOptions(path="train.jsonl", type="alpaca")])))
+    for bad in (dict(lora_rr=1), dict(seed="x"), dict(lora_r=8)):
+        said = []
+        for make in (lambda: Config(**kw, **bad), lambda: load(GOOD+yaml.safe_dump(bad), tmp_path), lambda: Config(**kw).replace(**bad)):
+            with pytest.raises(ConfigError) as e: make()
+            said.append(e.value.problems[0].message)
+        assert len(set(said))==1
+
+
+def test_frozen_copied_pickled(tmp_path):
+    cfg = load(GOOD, tmp_path)
+    with pytest.raises(Exception, match="frozen"): cfg.seed = 1
+    for twin in (copy.deepcopy(cfg), pickle.loads(pickle.dumps(cfg))): assert twin==cfg and twin.where("learning_rate")==cfg.where("learning_rate")
+    assert cfg.replace(seed=3).seed==3 and cfg.seed==42
+
+
+COMMENTED = """# what this is for
+base_model: tiny:llama   # small
+
+datasets:
+- path: "train.jsonl"    # quoted
+  type: alpaca
+- {path: b.jsonl, type: completion}
+learning_rate: 1e-4      # as written
+special_tokens:
+    pad_token: '<pad>'
+val_set_size: ${VAL:-0.1}
+# the end
+"""
+
+
+def test_text_is_kept(tmp_path):
+    cfg = load(COMMENTED, tmp_path)
+    assert cfg.to_yaml()==COMMENTED
+    changed = cfg.replace(seed=7, val_set_size=0.2, special_tokens=dict(pad_token="<none>"))
+    text = changed.to_yaml()
+    changed.save(tmp_path/"d.yml")
+    assert load_config(tmp_path/"d.yml")==changed
+    kept = [l for l in COMMENTED.splitlines() if "pad_token" not in l and "val_set" not in l]
+    assert [l for l in text.splitlines() if "pad_token" not in l and "val_set" not in l and "seed" not in l]==kept
+    one = cfg.replace(learning_rate=2e-5).to_yaml()
+    assert "${VAL:-0.1}" in one and "# as written" in one and load_config(yaml.safe_load(one.replace("${VAL:-0.1}", "0.1"))).learning_rate==2e-5
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.fixed_dictionaries({}, optional=dict(seed=st.integers(0, 10), learning_rate=st.floats(1e-6, 1), output_dir=st.text("ab :#-'\"", min_size=1, max_size=8).filter(lambda s: s.strip()), sample_packing=st.booleans(),
+    datasets=st.lists(st.builds(dict, path=st.text("ab.", min_size=1, max_size=4)), min_size=1, max_size=3))))
+def test_yaml_says_what_the_config_says(changes):
+    cfg = load_config(in_file(COMMENTED)).replace(**changes)
+    assert load_config(in_file(cfg.to_yaml()))==cfg
+
+
+def in_file(text):
+    import tempfile, pathlib
+    p = pathlib.Path(tempfile.mkdtemp())/"c.yml"
+    p.write_text(text)
+    return p
+
+
+def test_secrets_are_hidden(tmp_path):
+    cfg = load(GOOD+"comet_api_key: sesame\ncomet_project_name: p\n", tmp_path, planned=True)
+    shown = repr(cfg)+str(cfg.rows())+cfg._repr_html_()+json.dumps(cfg.model_dump(mode="json"))
+    assert "sesame" not in shown and cfg.comet_api_key.get_secret_value()=="sesame"
 
 
 def test_unsafe_yaml_is_refused(tmp_path):

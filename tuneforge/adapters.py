@@ -21,7 +21,8 @@ def lora_config(
     named = [opts.lora_target_modules] if isinstance(opts.lora_target_modules, str) else opts.lora_target_modules
     target = "all-linear" if opts.lora_target_linear else opts.lora_target_modules if isinstance(opts.lora_target_modules, str) else named
     return LoraConfig(r=opts.lora_r, lora_alpha=opts.lora_alpha, lora_dropout=opts.lora_dropout, target_modules=target,
-        modules_to_save=opts.lora_modules_to_save, fan_in_fan_out=opts.lora_fan_in_fan_out, use_dora=opts.peft_use_dora,
+        modules_to_save=opts.lora_modules_to_save, layers_to_transform=opts.peft_layers_to_transform, layers_pattern=opts.peft_layers_pattern,
+        layer_replication=opts.peft_layer_replication, rank_pattern=opts.lora_rank_pattern or {}, alpha_pattern=opts.lora_alpha_pattern or {}, fan_in_fan_out=opts.lora_fan_in_fan_out, use_dora=opts.peft_use_dora,
         use_rslora=opts.peft_use_rslora, task_type="CAUSAL_LM")
 
 # %% ../nbs/22_adapters.ipynb #0b8156be

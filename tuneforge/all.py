@@ -13,7 +13,10 @@ for _name in ("transformers","peft","accelerate"): logging.getLogger(_name).setL
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 # %% ../nbs/59_all.ipynb #f6882e2d
+from .document import UserError, ConfigError
+from .options import *
 from .config import *
+from .explain import explain, config_table, json_schema
 from .tiny import *
 from .sources import *
 from .prompts import *

@@ -13,7 +13,8 @@ from dataclasses import asdict,dataclass,field
 from pathlib import Path
 import numpy as np
 from . import __version__
-from .config import DataOptions, DatasetOptions, UserError
+from .config import DataOptions, DatasetOptions, PreparedOptions, UserError
+from .derive import prepared_folder
 from .prompts import PromptFormat, prompt_format
 from .sources import is_local, load_rows, local_files
 from .tokens import IGNORE, encode
@@ -127,8 +128,8 @@ def data_key(
     tokenizer, # all that decides about tokens
 ) -> str: # 16 hex digits
     "Name of the prepared data"
-    irrelevant = dict(dataset_prepared_path=True, dataset_processes=True, shuffle_merged_datasets=True, datasets={"__all__": {"path"}}, test_datasets={"__all__": {"path"}})
-    dump = {k: v for k,v in opts.model_dump(mode="json", exclude=irrelevant).items() if k in DataOptions.model_fields}
+    without = dict(shuffle_merged_datasets=True, datasets={"__all__": {"path"}}, test_datasets={"__all__": {"path"}}) | dict.fromkeys(PreparedOptions.model_fields, True)
+    dump = {k: v for k,v in opts.model_dump(mode="json", exclude=without).items() if k in DataOptions.model_fields}
     parts = [dump, [_content(e) for e in [*opts.datasets, *(opts.test_datasets or [])]], tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template, tokenizer.special_tokens_map, __version__]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -149,10 +150,14 @@ def _count(ds, report):
         report.tokens += sum(map(len, b["input_ids"]))
         report.trained += sum(int((l[1:]!=IGNORE).sum()) for l in b["labels"])
 
+def _named(entries):
+    "Entries with a list of names, as one entry for each name"
+    return [e if not isinstance(e.name, list) else e.model_copy(update=dict(name=n)) for e in entries for n in (e.name if isinstance(e.name, list) else [None])]
+
 def _prepare_all(entries, opts, tokenizer, folder):
     from datasets import concatenate_datasets
     parts = []
-    for i,e in enumerate(entries):
+    for i,e in enumerate(_named(entries)):
         (folder/str(i)).mkdir(parents=True)
         parts.append(prepare_source(e, opts, tokenizer, folder/str(i)))
         _count(*parts[-1])
@@ -180,7 +185,7 @@ def prepare_data(
 ) -> Prepared: # train, valid, report
     "Tokenised data for a config, from the folder of prepared data if they are there. Raises `UserError` for what cannot be read."
     from datasets import load_from_disk
-    folder = Path(opts.dataset_prepared_path or "last_run_prepared")/data_key(opts, tokenizer)
+    folder = Path(prepared_folder(opts))/data_key(opts, tokenizer)
     if not folder.is_dir():
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         try:

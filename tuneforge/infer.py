@@ -25,7 +25,7 @@ def load_finetuned(
     if cfg.adapter or cfg.lora_model_dir:
         from peft import PeftModel
         model = PeftModel.from_pretrained(load_model(cfg, tokenizer), str(adapter_folder(folder)))
-    elif (folder/"config.json").is_file(): model = load_model(cfg.model_copy(update=dict(base_model=str(folder))), tokenizer)
+    elif (folder/"config.json").is_file(): model = load_model(cfg.model_copy(update=dict(base_model=str(folder), revision_of_model=None)), tokenizer)
     else: raise UserError(f"there is no model in {folder} (`output_dir`): run `tuneforge train` first")
     if (folder/"generation_config.json").is_file(): model.generation_config = type(model.generation_config).from_pretrained(folder)
     return model.eval(),tokenizer

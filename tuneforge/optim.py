@@ -8,10 +8,11 @@ Docs: https://tuneforge.github.io/tuneforge/optim.html.md"""
 __all__ = ['SCHEDULES', 'OPTIMIZER_ALIASES', 'warmup_steps', 'schedule', 'optimizer_name']
 
 # %% ../nbs/30_optim.ipynb #0ce1608d
-import difflib,math
+import math
 from functools import partial
 from typing import Callable
 from .config import OptimOptions, UserError
+from .document import did_you_mean
 
 # %% ../nbs/30_optim.ipynb #2166d7a8
 def _warmup(step, warmup): return (step+1)/(warmup+1) if step<warmup else 1. # the first step learns, too
@@ -53,7 +54,6 @@ def optimizer_name(
     names = [o.value for o in OptimizerNames]
     name = OPTIMIZER_ALIASES.get(opts.optimizer, opts.optimizer)
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        raise UserError(f"unknown `optimizer: {name}`" + (f", did you mean `{near[0]}`?" if near else f"; there are {', '.join(names)}"))
+        raise UserError(f"unknown `optimizer: {name}`" + (did_you_mean(name, names) or f"; there are {', '.join(names)}"))
     if ("bit" in name or "paged" in name) and find_spec("bitsandbytes") is None: raise UserError(f"`optimizer: {name}` needs bitsandbytes: pip install 'tuneforge[quant]'")
     return name

@@ -13,7 +13,8 @@ import math
 from bisect import bisect_right, insort
 from dataclasses import dataclass
 import numpy as np
-from .config import PackingOptions, UserError, accumulation
+from .config import PackingOptions, UserError
+from .derive import accumulation, eval_rows, packs_evaluation
 from .tokens import IGNORE
 
 # %% ../nbs/15_packing.ipynb #f7a3c3bc
@@ -170,8 +171,7 @@ def plan_evaluation(
     world_size:int=1, # ranks
 ) -> PackPlan: # in the order of the data
     "The plan for evaluating"
-    packing = opts.sample_packing if opts.eval_sample_packing is None else opts.eval_sample_packing
-    return plan_epochs(lengths, sequence_len, opts.eval_batch_size or opts.micro_batch_size, world_size, packing=packing, shuffle=False)[0]
+    return plan_epochs(lengths, sequence_len, eval_rows(opts), world_size, packing=packs_evaluation(opts), shuffle=False)[0]
 
 # %% ../nbs/15_packing.ipynb #5852d53c
 def _row(samples, packed):

@@ -12,6 +12,7 @@ import logging
 import numpy as np
 from .chat import resolve_template
 from .config import TokenizerOptions, UserError
+from .derive import tokenizer_source
 from .prompts import Segment
 from .tiny import resolve_model
 
@@ -27,7 +28,7 @@ def _returns_text(tok): return tok.decode(tok(PROBE, add_special_tokens=False).i
 def _load(opts:TokenizerOptions):
     "The tokenizer as its files and `tokenizer_type` give it"
     import transformers
-    source = resolve_model(opts.tokenizer_config or opts.base_model)
+    source = resolve_model(tokenizer_source(opts))
     cls = transformers.AutoTokenizer if opts.tokenizer_type is None else getattr(transformers, opts.tokenizer_type, None)
     if cls is None: raise UserError(f"transformers has no tokenizer class `{opts.tokenizer_type}` (`tokenizer_type`)")
     revision = None if opts.tokenizer_config else opts.revision_of_model

@@ -20,8 +20,10 @@ from .adapters import add_adapter, check_new_tokens
 from .attention import check_isolation, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
 from .checkpoint import Run, resume_from
-from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserError, accumulation, interval
+from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserError
 from .dataset import Prepared, prepare_data
+from .derive import accumulation, eval_rows, fixed_length, interval
+from .inspect import show_samples
 from .models import best_device, choose_precision, load_model
 from .optim import optimizer_name, schedule
 from .packing import Collator, PackPlan, plan_evaluation, plan_training
@@ -151,9 +153,9 @@ def training_arguments(
     "What transformers' Trainer needs to know"
     device = best_device()
     precision = choose_precision(cfg, device)
-    save,evals = interval(cfg, "save", steps_per_epoch),interval(cfg, "eval", steps_per_epoch) if evaluate else None
+    save,evals = interval(cfg, "save", steps_per_epoch, steps),interval(cfg, "eval", steps_per_epoch, steps) if evaluate else None
     return TrainingArguments(output_dir=cfg.output_dir, max_steps=steps, seed=cfg.seed, data_seed=cfg.seed, report_to="none", disable_tqdm=True,
-        per_device_train_batch_size=cfg.micro_batch_size, per_device_eval_batch_size=cfg.eval_batch_size or cfg.micro_batch_size,
+        per_device_train_batch_size=cfg.micro_batch_size, per_device_eval_batch_size=eval_rows(cfg),
         gradient_accumulation_steps=accumulation(cfg), learning_rate=cfg.learning_rate, optim=optimizer_name(cfg), weight_decay=cfg.weight_decay,
         adam_beta1=cfg.adam_beta1, adam_beta2=cfg.adam_beta2, adam_epsilon=cfg.adam_epsilon, max_grad_norm=cfg.max_grad_norm,
         logging_steps=cfg.logging_steps or max(1, min(10, round(steps*0.005))), logging_nan_inf_filter=False,
@@ -188,7 +190,7 @@ def make_trainer(
     world,rank = int(os.environ.get("WORLD_SIZE", 1)),int(os.environ.get("RANK", 0))
     plans,steps = plan_run(cfg, _lengths(data.train), world)
     args = training_arguments(cfg, steps, plans[0].steps, data.valid is not None)
-    collate = lambda packed: Collator(tokenizer.pad_token_id, packed, cfg.sequence_len if _fixed_length(cfg) else None)
+    collate = lambda packed: Collator(tokenizer.pad_token_id, packed, cfg.sequence_len if fixed_length(cfg) else None)
     eval_loader = None
     if data.valid is not None:
         plan = plan_evaluation(_lengths(data.valid), cfg, cfg.sequence_len, world)
@@ -200,9 +202,6 @@ def make_trainer(
     return trainer
 
 def _lengths(ds): return [len(o) for o in ds.with_format("numpy")["input_ids"]]
-
-def _fixed_length(opts:PackingOptions): # packed rows are nearly full anyway, and one shape compiles once
-    return opts.sample_packing if opts.pad_to_sequence_len is None else opts.pad_to_sequence_len
 
 def step_tokens(
     plans:list[PackPlan], # one for each epoch
@@ -222,6 +221,7 @@ def train(
     optimizer_name(cfg),schedule(cfg, 1) # better refused now than after the data are prepared
     tokenizer = load_tokenizer(cfg)
     data = prepare_data(cfg, tokenizer)
+    if cfg.debug: show_samples(data.train, tokenizer)
     set_seed(cfg.seed)
     if cfg.adapter: check_new_tokens(cfg, tokenizer)
     model = load_model(cfg, tokenizer)

@@ -1,0 +1,127 @@
+"Every rule fires where it should, and only there"
+from types import NoneType
+from typing import Literal, get_args, get_origin
+import pytest, yaml
+from tuneforge.document import ConfigError
+from tuneforge.config import load_config
+from tuneforge.options import AllOptions
+from tuneforge.rules import NEEDS, NOTES, ONE_OF, RULES, holds
+
+BASE = dict(base_model="x", datasets=[dict(path="y", type="alpaca")], learning_rate=1e-4)
+HAND = dict(datasets=[dict(path="z")], test_datasets=[dict(path="z")], pretraining_dataset=[dict(path="z")], gpu_memory_limit="1GiB", max_memory={0: "1GiB"}, lr_groups=[dict(name="a", modules=["b"], lr=1)],
+    bf16=True, fsdp=["full_shard"], warmup_ratio=0.1, val_set_size=0.1, lora_target_modules=["q"], optim_target_modules=["q"], peft_layer_replication=[[0, 2]], special_tokens=dict(pad_token="p"), batch_size=4, lora_dropout=0.1,
+    eval_strategy="epoch", relora_prune_ratio=0.5, adam_beta3=0.5, dpo_label_smoothing=0.1, cosine_min_lr_ratio=0.1, cosine_constant_lr_ratio=0.5, save_steps=2, eval_steps=2, attn_implementation="sdpa", bench_split="test", eval_causal_lm_metrics=["chrf"], lora_rank_pattern=dict(a=2), lora_alpha_pattern=dict(a=2), tokenizer_verify=5, batch_flattening=True)
+
+
+def sample(key):
+    "A value that asks for something"
+    if key in HAND: return HAND[key]
+    options = [a for a in (get_args(AllOptions.model_fields[key].annotation) or [AllOptions.model_fields[key].annotation]) if a is not NoneType]
+    if any(get_origin(a) is Literal for a in options) or get_origin(AllOptions.model_fields[key].annotation) is Literal:
+        values = [v for a in options for v in (get_args(a) if get_origin(a) is Literal else [a])]
+        return next(v for v in values if v not in (AllOptions.model_fields[key].default, "no", bool))
+    kinds = [get_origin(a) or a for a in options]
+    return {bool: True, int: 3, float: 0.5, str: "x", dict: {"a": "b"}, list: ["x"]}.get(kinds[0], "x") if kinds[0] is not list or get_args(options[0])[0] is not int else [1]
+
+
+def said(rules=RULES, **kw):
+    "Messages of the rules alone"
+    try: cfg = load_config({k: v for k, v in (BASE | kw).items() if v is not ...}, planned=True)
+    except ConfigError as e: return [p.message for p in e.problems] if rules is RULES else []
+    return [] if rules is RULES else cfg.notes
+
+
+@pytest.mark.parametrize("keys", ONE_OF)
+def test_one_of(keys):
+    keys = keys.split()
+    for a, b in zip(keys, keys[1:]+keys[:1]):
+        assert any("give only one of" in m and f"`{a}`" in m and f"`{b}`" in m for m in said(**{a: sample(a), b: sample(b)})), (a, b)
+        assert not any("give only one of" in m for m in said(**{a: sample(a), b: None} | ({"datasets": []} if a=="pretraining_dataset" else {})))
+
+
+def ways(condition):
+    "Values with which a condition holds"
+    for c in condition.split("|"):
+        key, _, values = c.replace("!=", "=!").partition("=")
+        yield {key: "linear" if key=="lr_scheduler" else "auto"} if values.startswith("!") else {key: values.split(",")[0] if values else sample(key)}
+
+
+@pytest.mark.parametrize("condition", NEEDS)
+def test_needs(condition):
+    no_effect = lambda k, ms: any(m.startswith(f"`{k}` has no effect without") for m in ms)
+    without = dict(lr_scheduler="constant") if condition.startswith("lr_scheduler") else {}
+    for k in NEEDS[condition].split():
+        assert no_effect(k, said(**without, **{k: sample(k)})), k
+        for way in ways(condition):
+            fulfilled = {k: sample(k)} | way
+            for c in [c for c, ks in NEEDS.items() if c!=condition and k in ks.split()]: fulfilled |= next(ways(c))
+            assert not no_effect(k, said(**fulfilled)), (k, way)
+
+
+CHAT = dict(path="y", type="chat_template")
+CASES = { # rule -> (keys with which it fires, what it says, keys with which it doesn't)
+    "some_data": (dict(datasets=[]), "nothing to train on", {}),
+    "streams_end": (dict(streaming=True), "needs `max_steps`", dict(streaming=True, max_steps=5)),
+    "pushing_needs_a_token": (dict(push_dataset_to_hub="a/b"), "needs `hf_use_auth_token", dict(push_dataset_to_hub="a/b", hf_use_auth_token=True)),
+    "jinja_has_text": (dict(chat_template="jinja"), "needs `chat_template_jinja`", dict(chat_template="jinja", chat_template_jinja="{{ x }}")),
+    "raw_rows_have_no_duplicates": (dict(skip_prepare_dataset=True, dataset_exact_deduplication=True), "cannot be compared", dict(dataset_exact_deduplication=True)),
+    "keys_of_the_type": (dict(datasets=[dict(path="y", type="completion", roles_to_train=["user"])]), "`roles_to_train` has no effect with `type: completion`", dict(datasets=[CHAT | dict(roles_to_train=["user"])])),
+    "batch_is_a_multiple": (dict(batch_size=3, micro_batch_size=2), "no multiple", dict(batch_size=4, micro_batch_size=2)),
+    "steps_go_with_strategy": (dict(save_strategy="epoch", save_steps=3), "contradicts", dict(save_strategy="steps", save_steps=3)),
+    "steps_are_whole": (dict(save_steps=2.5), "neither a number of steps", dict(save_steps=0.25)),
+    "best_is_saved": (dict(load_best_model_at_end=True, val_set_size=0.1, save_steps=3, eval_steps=2), "no multiple of `eval_steps`", dict(load_best_model_at_end=True, val_set_size=0.1, save_steps=4, eval_steps=2)),
+    "stopping_needs_evaluations": (dict(early_stopping_patience=2, val_set_size=0.1, eval_strategy="no"), "allows none", dict(early_stopping_patience=2, val_set_size=0.1)),
+    "packing_gets_along": (dict(sample_packing=True, rl="dpo"), "cannot be packed", dict(rl="dpo")),
+    "answers_need_whole_rows": (dict(do_causal_lm_eval=True, val_set_size=0.1, sample_packing=True, eval_sample_packing=True), "from packed rows", dict(do_causal_lm_eval=True, val_set_size=0.1)),
+    "flattening_needs_flash": (dict(batch_flattening=True, micro_batch_size=2), "needs `flash_attention: true`", dict(batch_flattening=True, flash_attention=True, micro_batch_size=2)),
+    "quantised_base_needs_adapter": (dict(load_in_4bit=True), "needs an adapter", dict(load_in_4bit=True, adapter="qlora", lora_target_linear=True)),
+    "adapter_has_targets": (dict(adapter="lora"), "say what to adapt", dict(adapter="lora", lora_target_modules=["q"])),
+    "targets_are_a_pattern": (dict(adapter="lora", lora_target_modules="q_proj("), "no regular expression", dict(adapter="lora", lora_target_modules=".*(q|k)_proj")),
+    "adapter_gets_along": (dict(adapter="lora", lora_target_linear=True, flash_attn_fuse_mlp=True), "joins the layers", dict(flash_attn_fuse_mlp=True)),
+    "restarts_get_along": (dict(adapter="lora", lora_target_linear=True, relora_steps=10, deepspeed="z.json"), "spread over devices", dict(adapter="lora", lora_target_linear=True, relora_steps=10)),
+    "frozen_inputs_need_a_gradient": (dict(unfrozen_parameters=["a"], gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True)), "must not be reentrant", dict(unfrozen_parameters=["a"], gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False))),
+    "remote_code_is_pinned": (dict(trust_remote_code=True, revision_of_model="main"), "pin it", dict(trust_remote_code=True, revision_of_model="0"*40)),
+    "weights_are_safetensors": (dict(save_safetensors=False), "only written as safetensors", dict(save_safetensors=True)),
+    "tokenizers_are_fast": (dict(tokenizer_use_fast=False), "only fast tokenizers", dict(tokenizer_use_fast=True)),
+    "offloaded_states_are_whole": (dict(fsdp=["full_shard"], fsdp_config=dict(offload_params=True), optimizer="adamw_bnb_8bit"), "whole states", dict(fsdp=["full_shard"], fsdp_config=dict(offload_params=True))),
+    "cut_loss_is_half_precision": (dict(cut_cross_entropy=True, float32=True), "remove `float32`", dict(cut_cross_entropy=True)),
+    "needs_moments": (dict(optimizer="adafactor", adam_beta1=0.8), "no effect with `optimizer: adafactor`", dict(adam_beta1=0.8)),
+}
+ALSO = [ # further branches of the same rules
+    (dict(streaming=True, max_steps=5, val_set_size=0.1), "cannot be taken from a stream"), (dict(streaming=True, max_steps=5, dataset_exact_deduplication=True), "searched for duplicates"),
+    (dict(streaming=True, max_steps=5, sample_packing=True, datasets=[dict(path="a"), dict(path="b")]), "only one dataset"), (dict(datasets=[CHAT | dict(chat_template="jinja")]), "needs `chat_template_jinja`"),
+    (dict(chat_template="chatml", chat_template_jinja="x"), "contradicts"), (dict(datasets=[dict(path="y", type="alpaca", field="x")]), "`type: completion`"), (dict(save_strategy="steps"), "needs `save_steps`"), (dict(save_strategy="no", saves_per_epoch=2), "contradicts"),
+    (dict(save_strategy="best"), "needs `metric_for_best_model`"), (dict(sample_packing=True, s2_attention=True), "shifts tokens"), (dict(sample_packing=True, eval_table_size=5, val_set_size=0.1), "from packed rows"),
+    (dict(adapter="qlora", lora_target_linear=True), "needs `load_in_4bit: true`"), (dict(adapter="lora", lora_target_linear=True, unfrozen_parameters=["a"], peft_layers_to_transform=[1]), "both say what is trained"),
+    (dict(adapter="lora", lora_target_parameters=["e"], lora_dropout=0.1), "allows no `lora_dropout`"), (dict(adapter="lora", lora_target_linear=True, relora_steps=9, lr_scheduler="one_cycle"), "restarts the schedule")]
+
+
+def test_every_rule_has_a_case(): assert set(RULES)-{"one_of", "needs"}==set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rule(name):
+    fires, says, sound = CASES[name]
+    assert any(says in m for m in said(**fires)), said(**fires)
+    assert not said(**sound)
+
+
+@pytest.mark.parametrize("fires, says", ALSO)
+def test_branch(fires, says): assert any(says in m for m in said(**fires)), said(**fires)
+
+
+NOTED = {"evaluations_need_data": (dict(evals_per_epoch=4), "no effect without", dict(evals_per_epoch=4, val_set_size=0.1)), "pushed_when_saved": (dict(hub_model_id="a/b", save_strategy="no"), "once, at the end", dict(hub_model_id="a/b")),
+    "flattening_one_row": (dict(batch_flattening=True, flash_attention=True), "has no effect with `micro_batch_size: 1`", dict(batch_flattening=True, flash_attention=True, micro_batch_size=2)),
+    "run_without_a_name": (dict(wandb_project="p", wandb_run_id="r"), "named after", dict(wandb_project="p", wandb_run_id="r", wandb_name="n"))}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_note(name):
+    fires, says, sound = NOTED[name]
+    assert any(says in m for m in said(NOTES, **fires)) and not said(NOTES, **sound)
+
+
+def test_a_rule_points_at_the_key(tmp_path):
+    (tmp_path/"c.yml").write_text(yaml.safe_dump(BASE)+"sample_packing: false\nlora_r: 8\n")
+    with pytest.raises(ConfigError) as e: load_config(tmp_path/"c.yml")
+    assert e.value.problems[0].mark.text=="lora_r: 8"
