@@ -108,6 +108,7 @@ class _Passes:
             v = self.values.get(name)
             for p,e in [((name,i), e) for i,e in enumerate(v)] if isinstance(v, list) else [((name,), v)]:
                 if isinstance(e, dict) and (g := group_at(p, self.values)): yield p,e,g
+                if isinstance(e, dict) and isinstance(t := e.get("type"), dict) and (g := group_at(p+("type",), self.values)): yield p+("type",),t,g
     def place(self, p:Problem): # where it stands in the file
         q = next((self.origin[p.path[:i]]+p.path[i:] for i in range(len(p.path), 0, -1) if p.path[:i] in self.origin), p.path)
         return self.doc.place(Problem(p.message, q, p.at, p.mark))
@@ -180,18 +181,20 @@ def blanks(self:_Passes):
 
 # %% ../nbs/05_config.ipynb #f36ca61b
 def _wants(v, f): return v not in OFF and v!=f.default
+def _prefix(path): return {(): "", ("special_tokens",): "special_tokens."}.get(path, "datasets.")
 
 @patch
 def harmless(self:_Passes):
     "Say that a key says nothing here"
-    for k in HARMLESS:
-        if k in self.values and _wants(self.values[k], AllOptions.model_fields[k]): self.notes.append(Problem(f"`{k}` says nothing here: {HARMLESS[k]}", (k,)))
+    for path,e,group in self.entries():
+        for k in [k for k in e if _prefix(path)+k in HARMLESS and _wants(e[k], group.model_fields[k])]:
+            self.notes.append(Problem(f"`{dotted(path+(k,))}` says nothing here: {HARMLESS[_prefix(path)+k]}", path+(k,)))
 
 @patch
 def unsupported(self:_Passes):
     "Refuse what is not built yet"
     for path,e,group in self.entries():
-        prefix = {(): "", ("special_tokens",): "special_tokens."}.get(path, "datasets.")
+        prefix = _prefix(path)
         for k,v in list(e.items()):
             f = group.model_fields.get(k)
             if f is None or not _wants(v, f) and f"{prefix}{k}={v}" not in NOT_YET: continue

@@ -34,7 +34,7 @@ def _status(place, name):
     path = f"datasets.{name}" if place.startswith("datasets") else name
     values = [k.split("=")[1] for k in NOT_YET if k.startswith(f"{path}=")]
     if path in NOT_YET: return f"not supported yet: {NOT_YET[path]}"
-    if name in HARMLESS and not place: return f"accepted, says nothing: {HARMLESS[name]}"
+    if path in HARMLESS: return f"accepted, says nothing: {HARMLESS[path]}"
     return "works" + (f", but for {', '.join(values)}" if values else "")
 
 def explain(

@@ -74,12 +74,8 @@ NOT_YET = _table(
         "unsloth_rms_norm unsloth_rope", "remove it: the result is the same, with more memory or time"),
     sources=("datasets.shards datasets.shards_idx datasets.preprocess_shards datasets.trust_remote_code datasets.ds_type=csv datasets.ds_type=parquet datasets.ds_type=arrow datasets.ds_type=text",
         "turn the data into a JSONL file first"),
-    formats=("datasets.type={} datasets.conversation datasets.field_human datasets.field_model datasets.input_format datasets.input_transform", "write the rows as `instruction` and `output`, for `type: alpaca`"),
-    chat=("datasets.message_property_mappings datasets.split_thinking datasets.train_on_eos=all datasets.train_on_eos=last datasets.train_on_eos=none datasets.train_on_eot datasets.message_field_training "
-        "datasets.message_field_training_detail datasets.drop_system_message chat_template_kwargs default_system_message eot_tokens",
-        "change the rows, or the Jinja text in `chat_template_jinja`, to the same effect"),
     data=("pretraining_dataset streaming shuffle_before_merging_datasets dataset_exact_deduplication eval_sequence_len excess_length_strategy=truncate excess_length_strategy=split excess_length_strategy=raise "
-        "max_prompt_len on_bad_row=skip on_bad_row=quarantine push_dataset_to_hub dataset_shard_num dataset_shard_idx skip_prepare_dataset tokenizer_engine=auto tokenizer_engine=tokie tokenizer_engine=gigatoken "
+        "max_prompt_len push_dataset_to_hub dataset_shard_num dataset_shard_idx skip_prepare_dataset tokenizer_engine=auto tokenizer_engine=tokie tokenizer_engine=gigatoken "
         "tokenizer_verify dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor accelerator_config hf_use_auth_token", "prepare the data that way before, and remove it"))
 
 # %% ../nbs/01_options.ipynb #1c3773a1
@@ -175,11 +171,8 @@ class TokenizerOptions(BaseOptions):
     special_tokens:SpecialTokens|None = _opt(None, "special tokens to add or to replace by name")
     tokens:list[str]|None = _opt(None, "ordinary tokens to add")
     added_tokens_overrides:dict[int,str]|None = _opt(None, "reserved tokens to rename: id, and its new text")
-    chat_template:str|None = _opt(None, "`tokenizer_default`, a built-in name (`chatml`, `llama3`), or `jinja` with `chat_template_jinja`")
-    chat_template_jinja:str|None = _opt(None, "text of a Jinja chat template")
-    chat_template_kwargs:dict|None = _opt(None, "more variables for the chat template, such as `enable_thinking`")
-    default_system_message:str|None = _opt(None, "system message of conversations that have none")
-    eot_tokens:list[str]|None = _opt(None, "tokens that end a turn, where it is not the EOS token")
+    chat_template:str|None = _opt(None, "`tokenizer_default`, a built-in name such as `chatml`, `tokenizer_default_fallback_<name>`, or `jinja` with `chat_template_jinja`")
+    chat_template_jinja:str|None = _opt(None, "Jinja text of a chat template, or the path of a file with it")
 
 OptionTable(TokenizerOptions, but=(BaseOptions,))
 
@@ -319,13 +312,14 @@ class CustomFormat(Options):
 
 class FormatOptions(SourceOptions):
     "How the rows of a dataset become text"
-    type:str|CustomFormat = _opt("alpaca", "prompt format by name, such as `alpaca`, `completion` or `chat_template`; or one spelt out")
+    type:str|CustomFormat = _opt("alpaca", "prompt format: a name such as `alpaca`, `completion` or `chat_template`; `module:function` of your own; or a format spelt out")
     field:str = _opt("text", "column of a `completion` dataset")
-    conversation:str|None = _opt(None, "style of the turns in `alpaca_chat` formats")
-    field_human:str|None = _opt(None, "column of the user's words in `alpaca_chat` formats")
-    field_model:str|None = _opt(None, "column of the answer in `alpaca_chat` formats")
-    input_format:str|None = _opt(None, "how instruction and input are joined in `alpaca_chat` formats")
-    input_transform:str|None = _opt(None, "how rows of `type: messages` are read")
+    text_column:str = _opt("text", "column of a `pretrain` dataset")
+    conversation:str|None = _opt(None, "layout of `alpaca_chat`: `chat`, `instruct`, `chatml` or `phi`")
+    field_human:str|None = _opt(None, "`sharegpt`: the name of the user's role in the data")
+    field_model:str|None = _opt(None, "`sharegpt`: the name of the assistant's role in the data")
+    input_format:str|None = _opt(None, "of old configs")
+    input_transform:str|None = _opt(None, "of `messages`: `chat`")
 
 OptionTable(FormatOptions, but=(SourceOptions,))
 
@@ -345,11 +339,14 @@ class ChatOptions(FormatOptions):
     template_thinking_key:str = _opt("reasoning_content", "the template's name for the reasoning")
     split_thinking:bool = _opt(False, "take `<think>…</think>` out of the content and pass it as reasoning")
     roles:dict[str,list[str]]|None = _opt(None, "names in the data that mean `user`, `assistant`, `system`, `tool`")
-    roles_to_train:list[str]|None = _opt(["assistant"], "roles whose turns are trained; null: none but by `train_on_inputs`")
+    roles_to_train:list[str]|None = _opt(["assistant"], "roles whose turns are trained; null: only the last answer of each conversation")
+    chat_template_kwargs:dict|None = _opt(None, "variables for the chat template, if not the top-level ones")
+    default_system_message:str|None = _opt(None, "system message of this dataset's conversations that have none, if not the top-level one")
+    eot_tokens:list[str]|None = _opt(None, "tokens that end this dataset's turns, if not the top-level ones")
     train_on_eos:_Ends = _opt("turn", "EOS tokens that are trained: those of trained `turn`s, `all`, only the `last`, or `none`")
     train_on_eot:_Ends|None = _opt(None, "the same for `eot_tokens`, if not as `train_on_eos`")
     message_field_training:str|None = _opt(None, "key of a message that says whether it is trained")
-    message_field_training_detail:str|None = _opt(None, "key of a message with the character ranges that are trained")
+    message_field_training_detail:str|None = _opt(None, "key of a message with parts to train: a list of `begin_offset`, `end_offset` (its last character), `train`")
     drop_system_message:bool = _opt(False, "leave out the system message of each conversation")
 
 OptionTable(ChatOptions, but=(FormatOptions,))
@@ -427,6 +424,9 @@ class DataOptions(PreparedOptions):
     excess_length_strategy:Literal["drop","truncate","split","raise"] = _opt("drop", "what becomes of longer rows")
     max_prompt_len:int = _opt(512, "longest prompt of a preference pair, in tokens", gt=0)
     train_on_inputs:bool = _opt(False, "train prompts as well as responses")
+    chat_template_kwargs:dict|None = _opt(None, "more variables for the chat template, such as `enable_thinking`")
+    default_system_message:str|None = _opt(None, "system message of conversations that have none")
+    eot_tokens:list[str]|None = _opt(None, "tokens that end a turn; blank: what the chat template writes after an answer")
     on_bad_row:Literal["stop","skip","quarantine"] = _opt("stop", "what happens at a broken row: an error, a count in the report, or a file of its own")
     seed:int = _opt(42, "seed of every random choice: data order, dropout, new weights")
 
@@ -745,7 +745,7 @@ MOVED = {"rope_scaling": "put it under `overrides_of_model_config`", "max_packed
 # %% ../nbs/01_options.ipynb #8c4a08e6
 HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated", "sample_packing_group_size": "a look-ahead of a few thousand samples fills the rows", "sample_packing_bin_size": "a row holds as many samples as fit",
     "sample_packing_mp_start_method": "packing needs no processes", "total_num_tokens": "tokens are counted", "total_supervised_tokens": "tokens are counted", "multipack_real_batches": "rows of a packed batch are always kept apart",
-    "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it",
+    "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves",
     "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "tokenizer_use_fast": "only fast tokenizers are used",
     **{f"is_{o}_derived_model": "the architecture is read from the model's config" for o in ("falcon","llama","mistral","qwen")}}
 "Keys that are accepted and say nothing, with the reason; a note repeats it"

@@ -163,6 +163,13 @@ def _keys_of_the_type(cfg):
             for k in [k for k in _CHAT if instruct or text] + ["field"]*instruct:
                 if asks(e, k): yield (name,i,k), f"`{k}` has no effect with `type: {e.type}`: it is read by `type: {'completion' if k=='field' else 'chat_template'}`"
 
+@rule
+def _keys_for_conversations(cfg):
+    kinds = [e.type if isinstance(e.type, str) else "" for e in [*cfg.datasets, *(cfg.test_datasets or [])]]
+    if any(not (k=="" or k in ("alpaca","completion") or k.startswith("alpaca:")) for k in kinds): return # perhaps a conversation
+    for k in ("chat_template_kwargs","default_system_message","eot_tokens"):
+        if asks(cfg, k): yield k, f"`{k}` has no effect without conversations: it is read by `type: chat_template`"
+
 # %% ../nbs/02_rules.ipynb #edb68a1e
 @rule
 def _batch_is_a_multiple(cfg):
