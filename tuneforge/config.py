@@ -6,9 +6,9 @@ Docs: https://tuneforge.github.io/tuneforge/config.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'RENAMED', 'NOT_YET', 'INERT', 'RULES', 'UserError', 'Mark', 'Problem', 'ConfigError', 'Document', 'Options',
-           'SpecialTokens', 'BaseOptions', 'TokenizerOptions', 'ModelOptions', 'DatasetOptions', 'DataOptions',
-           'PackingOptions', 'LoraOptions', 'OptimOptions', 'TrainOptions', 'Config', 'nearest', 'unknown_key', 'rule',
-           'parse_overrides', 'load_config', 'accumulation', 'interval']
+           'SpecialTokens', 'BaseOptions', 'TokenizerOptions', 'ModelOptions', 'CustomFormat', 'DatasetOptions',
+           'DataOptions', 'PackingOptions', 'LoraOptions', 'OptimOptions', 'TrainOptions', 'Config', 'nearest',
+           'unknown_key', 'rule', 'parse_overrides', 'load_config', 'accumulation', 'interval']
 
 # %% ../nbs/00_config.ipynb #68df2fd5
 import difflib,logging,os,re
@@ -141,8 +141,8 @@ class TokenizerOptions(BaseOptions):
     tokenizer_config:str|None = _opt(None, "where the tokenizer comes from; default: `base_model`")
     tokenizer_type:str|None = _opt(None, "transformers class to load it with; default: AutoTokenizer")
     special_tokens:SpecialTokens|None = _opt(None, "special tokens to add or replace")
-    chat_template:str|None = _opt(None, "`tokenizer_default`, a built-in name (`chatml`, `llama3`), or `jinja` with `chat_template_jinja`")
-    chat_template_jinja:str|None = _opt(None, "text of a Jinja chat template")
+    chat_template:str|None = _opt(None, "`tokenizer_default`, a built-in name such as `chatml`, `tokenizer_default_fallback_<name>`, or `jinja` with `chat_template_jinja`")
+    chat_template_jinja:str|None = _opt(None, "Jinja text of a chat template, or the path of a file with it")
 
 # %% ../nbs/00_config.ipynb #6073ac2e
 class ModelOptions(BaseOptions):
@@ -164,25 +164,67 @@ class ModelOptions(BaseOptions):
     gradient_checkpointing_kwargs:dict|None = _opt(None, "for torch's checkpointing, such as `use_reentrant`")
 
 # %% ../nbs/00_config.ipynb #acc29e06
+class CustomFormat(Options):
+    "A prompt format written out in the config: columns, and how they become a prompt"
+    system_prompt:str = _opt("", "system text of rows without the column `field_system`")
+    system_format:str = _opt("{system}", "what stands around the system text, when there is one")
+    field_system:str = _opt("system", "column with a row's own system text")
+    field_instruction:str = _opt("instruction", "column that fills `{instruction}`")
+    field_input:str = _opt("input", "column that fills `{input}`")
+    field_output:str = _opt("output", "column with the response")
+    format:str = _opt("{instruction} {input} ", "the prompt of a row with an input; a literal brace is doubled")
+    no_input_format:str = _opt("{instruction} ", "the prompt of a row without one")
+    field:str|None = _opt(None, "says nothing here: `completion` names its column beside `type`")
+
+def _inline(v):
+    "A dict under `type` is a `CustomFormat`; its unknown keys are named"
+    if not isinstance(v, dict): return v
+    v = {k: o for k,o in v.items() if o is not None} # as elsewhere, an empty line is no value
+    for k in v:
+        if k not in CustomFormat.model_fields: raise ValueError(f"an inline format has no key `{k}`; it has {', '.join(f'`{o}`' for o in CustomFormat.model_fields)}")
+    return CustomFormat(**v)
+
+_Mask = Literal["turn","all","last","none"]
+
+# %% ../nbs/00_config.ipynb #7e1aa9af
 class DatasetOptions(Options):
     "One entry of `datasets`"
     path:str = Field(description="JSON or JSONL file, folder of such files, or dataset id on the hub; a local path wins")
-    type:str = _opt("alpaca", "prompt format: `alpaca`, `completion`, `chat_template`, …")
+    type:Annotated[str|CustomFormat, BeforeValidator(_inline)] = _opt("alpaca", "prompt format: a name such as `alpaca`, `completion`, `chat_template`; `module:function` of your own; or an inline format")
     ds_type:Literal["json"]|None = _opt(None, "file format, where the suffix does not tell")
-    name:str|None = _opt(None, "configuration of a hub dataset")
+    name:str|list[str]|None = _opt(None, "configuration of a hub dataset")
     split:str = _opt("train", "split of a hub dataset")
     revision:str|None = _opt(None, "branch, tag or commit of a hub dataset")
     data_files:str|list[str]|None = _opt(None, "files to take from the folder or hub repository")
     field:str = _opt("text", "column of a `completion` dataset")
+    text_column:str = _opt("text", "column of a `pretrain` dataset")
+    conversation:str|None = _opt(None, "layout of `alpaca_chat`: `chat`, `instruct`, `chatml` or `phi`")
+    field_human:str|None = _opt(None, "`sharegpt`: the name of the user's role in the data")
+    field_model:str|None = _opt(None, "`sharegpt`: the name of the assistant's role in the data")
+    input_format:str|None = _opt(None, "of old configs; says nothing")
+    input_transform:str|None = _opt(None, "of `messages`: `chat`")
     chat_template:str|None = _opt(None, "chat template for this dataset; default: the top-level choice")
     chat_template_jinja:str|None = _opt(None, "Jinja text for this dataset")
     field_messages:str = _opt("messages", "column with the list of messages")
     message_field_role:str = _opt("role", "key of a message's role")
     message_field_content:str = _opt("content", "key of a message's text")
     roles:dict[str,list[str]]|None = _opt(None, "names in the data that mean `user`, `assistant`, `system`, `tool`")
-    roles_to_train:list[str]|None = _opt(["assistant"], "roles whose turns are trained; null: none but by `train_on_inputs`")
+    roles_to_train:list[str]|None = _opt(["assistant"], "roles whose turns are trained; null: only the last answer of each conversation")
+    message_property_mappings:dict[str,str]|None = _opt(None, "property of a message in templates -> its key in the data")
+    message_field_training:str|None = _opt(None, "key of a message that says whether it is trained: true or false")
+    message_field_training_detail:str|None = _opt(None, "key of a message with parts to train: a list of `begin_offset`, `end_offset` (its last character), `train`")
+    train_on_eos:_Mask = _opt("turn", "end of which turns is trained: of trained ones, of all, of the last one, of none")
+    train_on_eot:_Mask|None = _opt(None, "the same for end-of-turn tokens other than EOS; default: as `train_on_eos`")
+    chat_template_kwargs:dict|None = _opt(None, "variables for the chat template; default: the top-level ones")
+    default_system_message:str|None = _opt(None, "system message for this dataset's conversations without one; default: the top-level one")
+    eot_tokens:list[str]|None = _opt(None, "tokens that end this dataset's turns; default: the top-level ones")
+    drop_system_message:bool = _opt(False, "leave out a conversation's system message")
+    field_tools:str = _opt("tools", "column with the tools a conversation may call (OpenAI's schema)")
+    field_thinking:str = _opt("reasoning_content", "key of a message's thinking")
+    template_thinking_key:str = _opt("reasoning_content", "what the template calls it")
+    split_thinking:bool = _opt(False, "take `<think>…</think>` out of answers and hand it to the template as thinking")
 
-# %% ../nbs/00_config.ipynb #7e1aa9af
+# %% ../nbs/00_config.ipynb #fea41883
 class DataOptions(Options):
     "From sources to tokenised rows"
     datasets:list[DatasetOptions] = Field(description="training data", min_length=1)
@@ -194,6 +236,10 @@ class DataOptions(Options):
     sequence_len:int = _opt(512, "longest row, in tokens; longer rows are dropped and counted, `completion` rows are split", gt=1)
     min_sample_len:int = _opt(2, "shortest row, in tokens", gt=0)
     train_on_inputs:bool = _opt(False, "train prompts as well as responses")
+    chat_template_kwargs:dict|None = _opt(None, "variables for the chat template, such as `enable_thinking`")
+    default_system_message:str|None = _opt(None, "system message for conversations that have none")
+    eot_tokens:list[str]|None = _opt(None, "tokens that end a turn; default: what the chat template writes after an answer")
+    on_bad_row:Literal["stop","skip","quarantine"] = _opt("stop", "a row that lacks something or is of the wrong type: stop, leave it out and count it, or put it into a file beside the prepared data, too")
     seed:int = _opt(42, "seed of every random choice: data order, dropout, new weights")
 
 class PackingOptions(Options):
@@ -273,7 +319,7 @@ is_falcon_derived_model is_llama_derived_model is_mistral_derived_model is_qwen_
 gpu_memory_limit max_memory low_cpu_mem_usage lora_on_cpu device_map rope_scaling
 pretraining_dataset push_dataset_to_hub hf_use_auth_token dataset_keep_in_memory dataset_exact_deduplication
 dataset_shard_num dataset_shard_idx skip_prepare_dataset remove_unused_columns dataloader_pin_memory dataloader_num_workers
-dataloader_prefetch_factor dataloader_drop_last accelerator_config default_system_message max_prompt_len
+dataloader_prefetch_factor dataloader_drop_last accelerator_config max_prompt_len
 sample_packing_eff_est total_num_tokens multipack_real_batches curriculum_sampling batch_flattening group_by_length
 pretraining_sample_concatenation pretrain_multipack_attn use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks
 peft_layers_to_transform peft_layers_pattern peft peft_layer_replication qlora_sharded_model_loading loraplus_lr_ratio
