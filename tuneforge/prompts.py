@@ -30,6 +30,7 @@ class Segment:
     why:str="" # why it is not trained, where that is not plain
     joined:bool=False # tokenised as one text with the segment before it
     eos:int=0 # EOS tokens to put after it; one that the text ends with counts
+    fixed:bool=False # stays untrained with `train_on_inputs`, too
 
 # %% ../nbs/11_prompts.ipynb #e2e6abc8
 def kind(
@@ -394,7 +395,7 @@ def prompt_format(
 ) -> PromptFormat: # the format that its `type` names
     "Find a format by the entry's `type`. Raises `UserError` with the nearest name."
     if isinstance(opts.type, CustomFormat): return custom(opts.type)
-    for name in (opts.type, opts.type.removesuffix(".load")):
+    for name in (opts.type, opts.type.removesuffix(".load"), "sharegpt" if re.match(r"sharegpt[:.]", opts.type) else ""):
         if name in FORMATS: return FORMATS[name](opts, tokenizer)
     if f := own_function(opts.type): return from_function(f, opts, tokenizer)
     near = difflib.get_close_matches(opts.type, FORMATS, 1)
