@@ -54,7 +54,6 @@ def load_tokenizer(
     if tok.eos_token is None: raise UserError("the tokenizer has no EOS token: give one under `special_tokens`")
     if tok.pad_token is None: tok.pad_token = tok.eos_token # harmless: padding is masked by place, never by id
     tok.padding_side = "right"
-    tok.backend_tokenizer.no_truncation(), tok.backend_tokenizer.no_padding() # a tokenizer's file may ask for both
     tok.chat_template = resolve_template(opts.chat_template, opts.chat_template_jinja, tok.chat_template)
     return tok
 
@@ -145,6 +144,7 @@ def tokenise(
 ) -> list[Sample]: # one for each
     "Tokenise a batch of samples in one go"
     groups,back = [_groups(o) for o in samples],tokenizer.backend_tokenizer
+    back.no_truncation(), back.no_padding() # both may be left over from somewhere
     one_each = not want_offsets and all(b-a==1 for g in groups for a,b in g)
     texts = ["".join([s.text for s in o[a:b]]) for o,g in zip(samples, groups) for a,b in g]
     enc = iter((back.encode_batch_fast if one_each else back.encode_batch)(texts, add_special_tokens=False))
@@ -242,7 +242,7 @@ def disagreement(
     "Where the inference prompt of a row is not the beginning of its training tokens"
     want,have = prompt_ids(fmt, tokenizer, row),sample.input_ids
     n = min(len(want), len(have))
-    if list(have[:len(want)])==want: return None
+    if list(have[:n])==want[:n]: return None
     i = int(np.argmax(np.append(np.array(want[:n])!=have[:n], True)))
     show = lambda ids: repr(tokenizer.decode(ids[i:i+6], clean_up_tokenization_spaces=False))
     at = len(tokenizer.decode(want[:i], clean_up_tokenization_spaces=False))
