@@ -17,6 +17,7 @@ from .config import *
 from .tiny import *
 from .sources import *
 from .prompts import *
+from .templates import *
 from .chat import *
 from .tokens import *
 from .dataset import *

@@ -21,10 +21,11 @@ def preprocess(
     overrides:list, # options of the config
     debug:bool=False, # show tokenised samples: what is trained, what is only read
     debug_num_examples:int=1, # how many
+    check_all_rows:bool=False, # compare the inference prompt of every row with its tokens, not of a hundred rows
 ):
     "Tokenise the data of a config, and account for every row"
     from rich.console import Console
-    from tuneforge.dataset import prepare_data
+    from tuneforge.dataset import compare_prompts, prepare_data
     from tuneforge.inspect import TokenView
     from tuneforge.tokens import load_tokenizer
     cfg = load_config(config, overrides)
@@ -32,6 +33,9 @@ def preprocess(
     data = prepare_data(cfg, tokenizer)
     if debug:
         for i in range(min(debug_num_examples, len(data.train))): Console().print(TokenView(data.train[i], tokenizer), "")
+    for e in cfg.datasets if check_all_rows else []:
+        n,differ,_ = compare_prompts(e, cfg, tokenizer, None)
+        print(f"{e.path}: inference and training differ in {len(differ):,} of {n:,} rows", *differ, sep="\n  ")
     print(data)
 
 def train(
@@ -88,10 +92,10 @@ def inference(
     "Question the finetuned model: a prompt from stdin, or interactively"
     cfg = load_config(config, overrides)
     from transformers import TextStreamer
-    from tuneforge.all import ask, load_finetuned
+    from tuneforge.all import ask, load_finetuned, with_defaults
     model,tokenizer = load_finetuned(cfg)
     for text in _questions():
-        ask(model, tokenizer, cfg.datasets[0], text, context, max_new_tokens=max_new_tokens, temperature=temperature,
+        ask(model, tokenizer, with_defaults(cfg.datasets[0], cfg), text, context, max_new_tokens=max_new_tokens, temperature=temperature,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
 
 # %% ../nbs/60_cli.ipynb #666c2310
