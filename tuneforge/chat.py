@@ -55,22 +55,21 @@ class Marks:
         content:bool=True, # it is the message's content
     ) -> str: # with marks
         res,at = [],0
-        for a,b in _runs(text):
+        for a,b in _runs(text) or [(0, len(text))]*(self.fences and text!=""):
             n = self.plane+2*len(self.runs)
             self.runs.append((i, a if content else None))
             res += [text[at:a], chr(n), text[a:b], chr(n+1)]
             at = b
         marked = "".join(res)+text[at:]
         if content: self.outer[i] = (len(text)-len(text.lstrip()), len(text)-len(text.rstrip()))
-        return f"{self.space}{marked}{self.space}" if self.fences and text[:1].isspace()|text[-1:].isspace() else marked
+        return f"{self.space}{marked}{self.space}" if self.fences and text.strip() and text[:1].isspace()|text[-1:].isspace() else marked
 
 def _runs(text):
     "Extents of the runs between white space and thinking tags"
     cuts = [0, *(o for m in TAGS.finditer(text) for o in m.span()), len(text)] if "<" in text or "[" in text else [0, len(text)]
-    for a,b in zip(cuts[::2], cuts[1::2]):
-        part = text[a:b]
-        core = part.strip()
-        if core: yield (s := a+len(part)-len(part.lstrip())),s+len(core)
+    core = lambda a,b: (a+len(text[a:b])-len(text[a:b].lstrip()), a+len(text[a:b].rstrip()))
+    found = [core(a, b) for a,b in zip(cuts[::2], cuts[1::2]) if text[a:b].strip()]
+    return found or ([core(0, len(text))] if text.strip() else [])
 
 # %% ../nbs/12_chat.ipynb #01c3d9ec
 @dataclass
@@ -151,21 +150,22 @@ class Turn:
     end:int # after the last one
     stop:int # after the text that ends the turn; `end` where there is none
     base:int|None=None # place of its content's offset 0; None: the content doesn't stand there in one piece
+    opened:bool=False # an inference prompt ends where it starts
 
-_EMPTY = re.compile(r"\s*(?:<(\w+)>\s*</\1>|\[THINK\]\s*\[/THINK\])\s*\Z")
+_EMPTY = re.compile(r"\s*(?:<(\w+)>\s*</\1>|\[THINK\]\s*\[/THINK\])\s*")
 
 def _answer(text, e, low, high, opens, calls):
-    "First character of an answer that lies between `low` and `high`"
+    "(first character of an answer that lies between `low` and `high`, whether a prompt ends there)"
     first = e.start if e else high
     for o in opens:
         p = text.rfind(o, low, first) if e else text.find(o, low, high)
         if p>=0:
-            gap = text[p+len(o):e.start] if e else ""
-            return p+len(o)+(len(gap) if _EMPTY.match(gap) else 0)
-    if e is None: return None
+            empty = _EMPTY.fullmatch(text, p+len(o), e.start) if e else _EMPTY.match(text, p+len(o), high)
+            return (empty.end() if empty else p+len(o)),True
+    if e is None: return None,False
     if calls and not any(o is not None for o,_ in e.at): raise UserError("messages: this template has no generation prompt, so it cannot be known where an answer that only calls tools begins")
     tag = re.search(r"(?:<[^<>\s]+>|\[THINK\])\s*\Z", text[low:e.start]) if TAGS.search(text[low:e.start]) else None
-    return low+tag.start() if tag else e.start
+    return (low+tag.start() if tag else e.start),False
 
 def _stop(text, at, high, ends, near):
     "(start, end) of the text that ends a turn, after `at`; `near`: only white space may lie between"
@@ -213,15 +213,17 @@ _REFUSED = "messages: this chat template changes the messages' text, so it canno
 def _turn(text, messages, i, found, low, high, template, block):
     "The `Turn` of message `i`, between the texts before and after it; None: it isn't there"
     e,(opens,ends),m = found.get(i),template.habits,messages[i]
+    silent = i+1<len(messages) and i+1 not in found and not m.get("tool_calls") # then `high` may lie beyond the next message
+    opened,near = block is not None,m["role"]!="assistant" or block is not None or e is None or silent
     if block: start,last = block
-    elif m["role"]=="assistant": start,last = _answer(text, e, low, high, opens, m.get("tool_calls")),e.end if e else None
+    elif m["role"]=="assistant": (start,opened),last = _answer(text, e, low, high, opens, m.get("tool_calls")),e.end if e else None
     else: start,last = (e.start,e.end) if e else (None,None)
     if start is None: return None
     if block and (s := next((s for s in ends if text[:last].rstrip().endswith(s)), None)): stop = (text.rindex(s, 0, last), last)
-    else: stop = _stop(text, start if last is None else max(start, last), high, ends, m["role"]!="assistant" or block is not None)
+    else: stop = _stop(text, start if last is None else max(start, last), high, ends, near)
     if last is not None and (stop[0]==stop[1] or m["role"]!="assistant"): stop = (last, max(last, stop[1]))
     bases = {p-o for o,p in e.at if o is not None} if e else set()
-    return Turn(i, start, stop[0], stop[1], bases.pop() if len(bases)==1 else None)
+    return Turn(i, start, stop[0], stop[1], bases.pop() if len(bases)==1 else None, opened)
 
 # %% ../nbs/12_chat.ipynb #50314bb9
 def _blocks(messages, blocks, found):
@@ -465,14 +467,14 @@ def chat_segments(
     for t in sorted(turns, key=lambda t: t.start):
         if t.start<at: continue # inside of another message's turn
         role,i,off = said.messages[t.index]["role"],t.index,said.train[t.index] is False
-        cuts.append((at, t.start, False, role, i, "template", True))
+        cuts.append((at, t.start, False, role, i, "template", True, t.opened))
         detail = said.detail[i] if i in wanted and said.train[i] is None else None
         parts = _parts(t, text, detail, f"messages[{i}]") if detail else [(t.start, t.end, i in wanted)]
-        cuts += [(a, b, train, role, i, "" if train else "masked in the data" if detail or off else f"role {role}", bool(detail) or off) for a,b,train in parts]
-        cuts.append((t.end, t.stop, i in ends, role, i, "" if i in ends else "end of turn", i not in ends and (off or i in wanted)))
+        cuts += [(a, b, train, role, i, "" if train else "masked in the data" if detail or off else f"role {role}", bool(detail) or off, False) for a,b,train in parts]
+        cuts.append((t.end, t.stop, i in ends, role, i, "" if i in ends else "end of turn", i not in ends and (off or i in wanted), False))
         at = t.stop
-    cuts.append((at, len(text), False, "", -1, "template", True))
-    return [Segment(text[a:b], train, role, i, why, True, fixed=fixed) for a,b,train,role,i,why,fixed in cuts if a<b]
+    cuts.append((at, len(text), False, "", -1, "template", True, False))
+    return [Segment(text[a:b], train, role, i, why, True, fixed=fixed, opens=opens) for a,b,train,role,i,why,fixed,opens in cuts if a<b]
 
 # %% ../nbs/12_chat.ipynb #a3679f19
 def _prompt(said, template):

@@ -31,6 +31,7 @@ class Segment:
     joined:bool=False # tokenised as one text with the segment before it
     eos:int=0 # EOS tokens to put after it; one that the text ends with counts
     fixed:bool=False # stays untrained with `train_on_inputs`, too
+    opens:bool=False # an inference prompt ends with it
 
 # %% ../nbs/11_prompts.ipynb #e2e6abc8
 def kind(

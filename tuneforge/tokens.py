@@ -97,7 +97,7 @@ def _owners(spans, segments, flags):
     first = np.minimum(np.searchsorted(ends, spans[:,0], side="right"), n)
     last = np.minimum(np.searchsorted(ends, np.maximum(spans[:,1]-1, spans[:,0]), side="right"), n)
     before = np.append(0, np.cumsum(flags)) # trained segments before each
-    train = before[last+1]>before[first]
+    train = (before[last+1]>before[first]) & ~np.array([s.opens for s in segments])[first]
     return np.where(train, np.searchsorted(before, before[first], side="right")-1, first),train # of several, the first that is trained
 
 # %% ../nbs/13_tokens.ipynb #aa6a8eba
