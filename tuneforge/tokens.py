@@ -122,7 +122,7 @@ def _group(encoding, segments, flags, room, eos, want_offsets):
 # %% ../nbs/13_tokens.ipynb #f82c304c
 def _assemble(segments, groups, encodings, bos, eos, train_all, limit, want_offsets):
     "The `Sample` of segments whose groups are tokenised"
-    flags,k,at = [s.train or train_all and not s.fixed for s in segments],len(bos),0
+    flags,k,at = [(s.train or train_all and not s.fixed) and not s.opens for s in segments],len(bos),0
     ids,own,train,spans,cuts = list(bos),[np.full(k, -1)],[np.full(k, flags[0])],[np.zeros((k,2), np.int32)],False
     for (a,b),e in zip(groups, encodings):
         room = None if limit is None else limit-(k if a==0 else 0)
