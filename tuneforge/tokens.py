@@ -12,6 +12,7 @@ __all__ = ['log', 'IGNORE', 'PROBE', 'load_tokenizer', 'bos_ids', 'Sample', 'tok
 # %% ../nbs/13_tokens.ipynb #e15555ea
 import logging
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import get_args
 import numpy as np
 from pydantic import ValidationError
@@ -83,57 +84,44 @@ class Sample:
         return Sample(self.input_ids[a:b], self.labels[a:b], self.segments, part(self.segment), part(self.offsets))
 
 # %% ../nbs/13_tokens.ipynb #ddc40250
-def _spans(offsets):
-    "(n, 2) extents in characters, without gaps"
-    o = np.array(offsets, np.int32).reshape(-1, 2)
-    if len(o): o[:,1] = np.maximum.accumulate(o[:,1])
-    o[1:,0] = np.minimum(o[1:,0], o[:-1,1])
-    o[:1,0] = 0
-    return o
-
-def _owners(spans, segments, flags):
-    "Of each token of a joined text: (index of its segment, whether it is trained)"
-    ends,n = np.cumsum([len(s.text) for s in segments]),len(segments)-1
-    first = np.minimum(np.searchsorted(ends, spans[:,0], side="right"), n)
-    last = np.minimum(np.searchsorted(ends, np.maximum(spans[:,1]-1, spans[:,0]), side="right"), n)
-    before = np.append(0, np.cumsum(flags)) # trained segments before each
-    train = (before[last+1]>before[first]) & ~np.array([s.opens for s in segments])[first]
-    return np.where(train, np.searchsorted(before, before[first], side="right")-1, first),train # of several, the first that is trained
-
-# %% ../nbs/13_tokens.ipynb #aa6a8eba
 def _groups(segments):
     "Extents of what is tokenised as one text"
     starts = [i for i,s in enumerate(segments) if i==0 or not s.joined]
     return list(zip(starts, starts[1:]+[len(segments)]))
 
-def _group(encoding, segments, flags, room, eos, want_offsets):
-    "(ids, owners, trained, spans, cut) of a group of segments, with its EOS"
-    ids,joined = encoding.ids,len(segments)>1
-    spans = _spans(encoding.offsets) if joined or want_offsets else None
-    own,train = _owners(spans, segments, flags) if joined else (np.zeros(len(ids), int),np.full(len(ids), flags[0]))
-    cut = room is not None and len(ids)>room
-    if cut: ids,own,train,spans = ids[:room],own[:room],train[:room],spans if spans is None else spans[:room]
-    n = max(segments[-1].eos-(ids[-1:]==[eos]), 0)
-    if room is not None: n = min(n, room-len(ids))
-    if not n: return ids,own,train,spans,cut
-    if spans is not None: spans = np.concatenate([spans, np.full((n,2), sum(len(s.text) for s in segments), np.int32)])
-    return ids+[eos]*n,np.append(own, [-1]*n),np.append(train, [flags[-1]]*n),spans,cut
+def _spans(offsets, bases, counts):
+    "First character of each token, and the one after its last, on the axis of the batch; no gaps"
+    n = int(counts.sum())
+    o = np.fromiter(chain.from_iterable(chain.from_iterable(offsets)), np.int64, 2*n).reshape(-1, 2) + np.repeat(bases, counts)[:,None]
+    ends = np.maximum.accumulate(o[:,1]) if n else o[:,1]
+    starts = np.minimum(o[:,0], np.append(0, ends[:-1])[:n])
+    first = (np.cumsum(counts)-counts)[counts>0] # tokens that begin a group
+    starts[first] = bases[counts>0]
+    return starts,ends
+
+def _owners(starts, ends, edges, opens, flags, low, high):
+    "Of each token: (its segment, whether it is trained); `low` and `high`: first and last segment of its group"
+    first = np.clip(np.searchsorted(edges, starts, side="right"), low, high)
+    last = np.clip(np.searchsorted(edges, np.maximum(ends-1, starts), side="right"), first, high)
+    before = np.append(0, np.cumsum(flags)) # trained segments before each
+    train = (before[last+1]>before[first]) & ~opens[first]
+    return np.where(train, np.searchsorted(before, before[first], side="right")-1, first),train # of several, the first that is trained
+
+# %% ../nbs/13_tokens.ipynb #aa6a8eba
+def _ids(encoding, last, first, eos, limit):
+    "(ids of a group with BOS and EOS, number of EOS, whether it was cut)"
+    ids,cut = first+encoding.ids if first else encoding.ids,False
+    if limit is not None and len(ids)>limit: ids,cut = ids[:limit],True
+    n = max(last.eos-(len(ids)>len(first) and ids[-1]==eos), 0) if last.eos else 0
+    if limit is not None: n = min(n, limit-len(ids))
+    return ids+[eos]*n if n else ids,n,cut
+
+def _offsets(encoding, ids, n_first, n_eos, length):
+    "Offsets of a group's tokens; those that were added have none"
+    o = encoding.offsets[:len(ids)-n_first-n_eos]
+    return [(0,0)]*n_first+o+[(length,length)]*n_eos if n_first or n_eos else o
 
 # %% ../nbs/13_tokens.ipynb #f82c304c
-def _assemble(segments, groups, encodings, bos, eos, train_all, limit, want_offsets):
-    "The `Sample` of segments whose groups are tokenised"
-    flags,k,at = [(s.train or train_all and not s.fixed) and not s.opens for s in segments],len(bos),0
-    ids,own,train,spans,cuts = list(bos),[np.full(k, -1)],[np.full(k, flags[0])],[np.zeros((k,2), np.int32)],False
-    for (a,b),e in zip(groups, encodings):
-        room = None if limit is None else limit-(k if a==0 else 0)
-        new,o,t,s,cut = _group(e, segments[a:b], flags[a:b], room, eos, want_offsets)
-        ids += new
-        own.append(np.where(o<0, -1, o+a)), train.append(t)
-        if want_offsets: spans.append(s+at)
-        at,cuts = at+sum(len(s.text) for s in segments[a:b]),cuts or cut
-    ids = np.array(ids, np.int32)
-    return Sample(ids, np.where(np.concatenate(train), ids, np.int32(IGNORE)), segments, np.concatenate(own), np.concatenate(spans) if want_offsets else None, cuts)
-
 def tokenise(
     tokenizer, # transformers tokenizer
     samples:list[list[Segment]], # a batch
@@ -143,13 +131,42 @@ def tokenise(
     want_offsets:bool=False, # say which characters each token covers
 ) -> list[Sample]: # one for each
     "Tokenise a batch of samples in one go"
-    groups,back = [_groups(o) for o in samples],tokenizer.backend_tokenizer
+    back,eos,head = tokenizer.backend_tokenizer,tokenizer.eos_token_id,bos_ids(tokenizer) if bos else []
     back.no_truncation(), back.no_padding() # both may be left over from somewhere
-    one_each = not want_offsets and all(b-a==1 for g in groups for a,b in g)
-    texts = ["".join([s.text for s in o[a:b]]) for o,g in zip(samples, groups) for a,b in g]
-    enc = iter((back.encode_batch_fast if one_each else back.encode_batch)(texts, add_special_tokens=False))
-    first,eos = bos_ids(tokenizer) if bos else [],tokenizer.eos_token_id
-    return [_assemble(o, g, [next(enc) for _ in g], first, eos, train_all, limit, want_offsets) for o,g in zip(samples, groups)]
+    groups = [(o, a, b) for o in samples for a,b in _groups(o)]
+    joined = want_offsets or any(b-a>1 for _,a,b in groups)
+    texts = ["".join([s.text for s in o[a:b]]) for o,a,b in groups]
+    enc = (back.encode_batch if joined else back.encode_batch_fast)(texts, add_special_tokens=False)
+    made = [_ids(e, o[b-1], head if a==0 else [], eos, limit) for e,(o,a,b) in zip(enc, groups)]
+    counts = np.array([len(ids) for ids,_,_ in made])
+    ids = np.fromiter(chain.from_iterable([m[0] for m in made]), np.int32, int(counts.sum()))
+    flat = [s for o in samples for s in o]
+    flags = np.array([(s.train or train_all and not s.fixed) and not s.opens for s in flat])
+    sizes = np.array([b-a for _,a,b in groups])
+    high = np.cumsum(sizes)-1
+    low = np.repeat(high-sizes+1, counts)
+    if joined:
+        bases = np.cumsum([0]+[len(t) for t in texts[:-1]])
+        starts,ends = _spans([_offsets(e, m[0], len(head) if a==0 else 0, m[1], len(t)) for e,m,t,(_,a,_) in zip(enc, made, texts, groups)], bases, counts)
+        own,train = _owners(starts, ends, np.cumsum([len(s.text) for s in flat]), np.array([s.opens for s in flat]), flags, low, np.repeat(high, counts))
+        spans = np.stack([starts, ends], 1).astype(np.int32) if want_offsets else None
+    else: own,train,spans = low,flags[low],None
+    return _samples(samples, groups, made, counts, ids, np.where(train, ids, np.int32(IGNORE)), own, spans, len(head))
+
+def _samples(samples, groups, made, counts, ids, labels, own, spans, n_head):
+    "The batch, sample by sample"
+    own,ends = own.copy(),np.cumsum(counts)
+    for (_,a,_),(_,n,_),e,c in zip(groups, made, ends.tolist(), counts.tolist()):
+        if n: own[e-n:e] = -1
+        if n_head and a==0: own[e-c:e-c+n_head] = -1
+    last = np.cumsum([len(_groups(o)) for o in samples])-1
+    res,at,seg,char,g = [],0,0,0,0
+    for o,e,k in zip(samples, ends[last].tolist(), last.tolist()):
+        where = own[at:e]
+        where = np.where(where<0, -1, where-seg)
+        res.append(Sample(ids[at:e], labels[at:e], o, where, spans[at:e]-char if spans is not None else None, any(m[2] for m in made[g:k+1])))
+        at,seg,char,g = e,seg+len(o),char+sum(len(s.text) for s in o) if spans is not None else 0,k+1
+    return res
 
 # %% ../nbs/13_tokens.ipynb #47e56f17
 def is_tokenised(
