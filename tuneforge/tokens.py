@@ -10,7 +10,8 @@ __all__ = ['log', 'IGNORE', 'PROBE', 'load_tokenizer', 'bos_ids', 'Sample', 'tok
            'check_golden']
 
 # %% ../nbs/13_tokens.ipynb #e15555ea
-import logging
+import gc,logging
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import get_args
@@ -191,10 +192,20 @@ def own_tokens(
     return Sample(ids[seen], labels[seen])
 
 # %% ../nbs/13_tokens.ipynb #ca366839
+@contextmanager
+def _no_gc():
+    "Hold the collector of cyclic garbage"
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
+
 def _chunks(sample, size):
     "Pieces of at most `size` tokens"
     return [sample.piece(i, i+size) for i in range(0, len(sample), size)] if len(sample)>size else [sample]
 
+@_no_gc()
 def tokenise_rows(
     rows:list[dict], # a batch
     fmt:PromptFormat, # what they look like
@@ -236,9 +247,12 @@ def encode_rows(
 ) -> list[dict]: # `input_ids` and `labels`, in order; several for a row that is cut into pieces
     "Tokenise rows as training will, before any is dropped. Raises `UserError` with the number of a row that is no good."
     opts = entry_options(entry)
-    samples,errors = tokenise_rows(rows, prompt_format(opts, tokenizer), tokenizer, sequence_len, train_on_inputs)
-    for i,e in errors.items(): raise UserError(f"row {i+1} (rows[{i}]): {e}") from e
-    return [dict(input_ids=s.input_ids.tolist(), labels=s.labels.tolist()) for o in samples for s in o]
+    fmt,res = prompt_format(opts, tokenizer),[]
+    for at in range(0, len(rows), 1000):
+        samples,errors = tokenise_rows(rows[at:at+1000], fmt, tokenizer, sequence_len, train_on_inputs)
+        for i,e in errors.items(): raise UserError(f"row {at+i+1} (rows[{at+i}]): {e}") from e
+        res += [dict(input_ids=s.input_ids.tolist(), labels=s.labels.tolist()) for o in samples for s in o]
+    return res
 
 # %% ../nbs/13_tokens.ipynb #14a70b8b
 def prompt_ids(
