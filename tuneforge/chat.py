@@ -57,7 +57,7 @@ class Marks:
         texts:str, # all that will be marked, in one
         fences:bool=True, # fence outer white space
     ):
-        used = set(_USED.findall(texts))
+        used = () if texts.isascii() else set(_USED.findall(texts))
         plane = next((p for p in _PLANES if not any(p<=ord(c)<=p+0xFFFD for c in used)), None)
         space = next((c for c in _SPACES if c not in used), None)
         if plane is None or space is None: raise UserError("messages: the texts use all characters that could mark them")
@@ -112,8 +112,8 @@ def _find(self, marked):
             e = found[i]
             e.start,e.end = min(e.start, a),max(e.end, b)
             e.at.append((offset, a))
-    for i,outer in self.outer.items():
-        if spaces and found.get(i): _to_fences(found[i], spaces, *outer)
+    for i,outer in self.outer.items() if spaces else ():
+        if found.get(i): _to_fences(found[i], spaces, *outer)
     return self.pattern.sub("", marked),found
 
 def _to_fences(e, spaces, lead, trail):
@@ -281,7 +281,7 @@ def find_turns(
 
 def _next_starts(n, found, length):
     "Of each message: where the words of the next one begin"
-    order = sorted((e.start, i) for i,e in found.items())
+    order = sorted([(e.start, i) for i,e in found.items()])
     after = {i: s for (_,i),(s,_) in zip(order, order[1:]+[(length,-1)])}
     res,least = [0]*n,length
     for i in reversed(range(n)):
