@@ -62,10 +62,10 @@ def load_tokenizer(
 # %% ../nbs/13_tokens.ipynb #514943a0
 def bos_ids(
     tokenizer, # transformers tokenizer
-) -> list[int]: # one id or none
-    "What the tokenizer puts before a text"
-    ids = tokenizer("").input_ids
-    return ids[:1] if ids[:1]==[tokenizer.bos_token_id] else []
+) -> list[int]: # mostly one id or none
+    "What the tokenizer puts before a text. What it may put behind one is no business of a prompt, and left out."
+    bare,whole = (tokenizer("a", add_special_tokens=o).input_ids for o in (False,True))
+    return next((whole[:k] for k in range(len(whole)-len(bare)+1) if whole[k:k+len(bare)]==bare), [])
 
 @dataclass
 class Sample:
