@@ -9,7 +9,7 @@ tok = load_tokenizer(TokenizerOptions(base_model="tiny:llama"))
 village = Village()
 
 
-def story(): return " ".join(village.story(p) for p in village.rng.sample(list(village.people), 2))
+def story(): return " ".join(village.story(p) for p in village.rng.sample(list(village.people), 4)) # about 90 tokens
 
 
 def instructions(n): return [dict(instruction=story(), input="", output=story()) for _ in range(n)]
@@ -33,8 +33,8 @@ def measure(name, rows, entry):
 
 
 table = Table("rows", "rows/s", "tokens/s", "tokens/s, bare", "share of bare")
-table.add_row(*measure("alpaca", instructions(TOKENS//160), dict(type="alpaca")))
+table.add_row(*measure("alpaca", instructions(TOKENS//230), dict(type="alpaca")))
 for turns in (1, 8, 64):
     for name in ("chatml", "llama3", "qwen3"):
-        table.add_row(*measure(f"{name}, {turns} turns", chats(max(TOKENS//(110*turns), 8), turns), dict(type="chat_template", chat_template=name)))
+        table.add_row(*measure(f"{name}, {turns} turns", chats(max(TOKENS//(200*turns), 16), turns), dict(type="chat_template", chat_template=name)))
 Console().print(table)

@@ -162,6 +162,7 @@ def test_templates_that_look_at_questions_may(): # marks in a question would cha
     t = "{% for m in messages %}{{ '?' if m['content'].startswith('W') else '' }}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     text, found = find_turns([U, answer("Hello")], ChatTemplate(t), {1})
     assert [text[o.start:o.end] for o in found if o.index==1]==["Hello"]
+    with pytest.raises(UserError, match="hides where some turns end"): turns([U, answer("Hello")], t, train_on_eos="all")
 
 
 def test_templates_cannot_run_code():

@@ -99,3 +99,13 @@ def test_golden_prompts_find_changes():
 
 
 def test_nothing_is_something(): assert encode_rows([], {}, TOK)==[]
+
+
+def test_only_what_stands_before_a_text_begins_it():
+    from tokenizers import processors
+    from tuneforge.tokens import bos_ids
+    tok = tokenizer("byte", False)
+    old = tok.backend_tokenizer.post_processor
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> <|user|> $A </s>", special_tokens=[("<s>", 1), ("<|user|>", tok.convert_tokens_to_ids("<|user|>")), ("</s>", 2)])
+    try: assert bos_ids(tok)==[1, tok.convert_tokens_to_ids("<|user|>")]
+    finally: tok.backend_tokenizer.post_processor = old or processors.Sequence([])

@@ -57,7 +57,7 @@ class Marks:
         texts:str, # all that will be marked, in one
         fences:bool=True, # fence outer white space
     ):
-        used = set(_USED.findall(texts))
+        used = () if texts.isascii() else set(_USED.findall(texts))
         plane = next((p for p in _PLANES if not any(p<=ord(c)<=p+0xFFFD for c in used)), None)
         space = next((c for c in _SPACES if c not in used), None)
         if plane is None or space is None: raise UserError("messages: the texts use all characters that could mark them")
@@ -112,8 +112,8 @@ def _find(self, marked):
             e = found[i]
             e.start,e.end = min(e.start, a),max(e.end, b)
             e.at.append((offset, a))
-    for i,outer in self.outer.items():
-        if spaces and found.get(i): _to_fences(found[i], spaces, *outer)
+    for i,outer in self.outer.items() if spaces else ():
+        if found.get(i): _to_fences(found[i], spaces, *outer)
     return self.pattern.sub("", marked),found
 
 def _to_fences(e, spaces, lead, trail):
@@ -281,7 +281,7 @@ def find_turns(
 
 def _next_starts(n, found, length):
     "Of each message: where the words of the next one begin"
-    order = sorted((e.start, i) for i,e in found.items())
+    order = sorted([(e.start, i) for i,e in found.items()])
     after = {i: s for (_,i),(s,_) in zip(order, order[1:]+[(length,-1)])}
     res,least = [0]*n,length
     for i in reversed(range(n)):
@@ -497,6 +497,8 @@ def chat_segments(
     "A conversation as joined segments"
     wanted = trained_messages(said, opts)
     text,turns = find_turns(said.messages, template, wanted, said.tools)
+    unseen = [m for i,m in enumerate(said.messages) if i not in {t.index for t in turns}] if "all" in (opts.train_on_eos, opts.train_on_eot) else []
+    if any(isinstance(m.get("content"), str) and m["content"].strip() and m["content"].strip() in text for m in unseen): raise UserError("messages: this chat template hides where some turns end, so `all` of their ends cannot be trained")
     ends,cuts,at = _ends_trained(turns, text, wanted, opts, eos),[],0
     for t in sorted(turns, key=lambda t: t.start):
         if t.start<at: continue # inside of another message's turn
@@ -528,6 +530,7 @@ def chat_template(
     eos = tokenizer.eos_token
     template = ChatTemplate(jinja, tokenizer.special_tokens_map | (opts.chat_template_kwargs or {}), [*([eos] if eos else []), *(opts.eot_tokens or [])])
     for t in opts.eot_tokens or []:
+        if t not in jinja: log.warning(f"datasets: {opts.path}: the chat template doesn't write {t!r} of `eot_tokens`")
         if len(tokenizer(t, add_special_tokens=False).input_ids)!=1: raise UserError(f"`eot_tokens`: {t!r} is not one token of this tokenizer")
     segments = lambda row: chat_segments(to_messages(row, opts, jinja), template, opts, eos)
     return PromptFormat("chat_template", {}, segments, lambda row: _prompt(to_messages(row, opts, jinja), template), bos=False)

@@ -46,7 +46,7 @@ class DataReport:
         for s in self.sources:
             lines.append(f"{s.path[-31:]:<32}{s.rows_in:>9,}{s.rows_out:>9,}{sum(map(len, s.dropped.values())):>9,}{s.tokens:>12,}{s.trained/max(s.tokens,1):>9.1%}")
             lines += _notes("no good", s.bad) + _notes(f"of {s.compared:,} rows where inference and training differ", s.disagree)
-            lines += [f"  {len(v):,} {why}: row {', '.join(map(str, v[:5]))}{' …' if len(v)>5 else ''}" for why,v in s.dropped.items()]
+            lines += [f"  {len(v):,} {why}: row {', '.join(map(str, v[:5]))}{' …' if len(v)>5 else ''}" for why,v in s.dropped.items() if why!=REASONS[BAD]]
         return "\n".join(lines + [f"{self.n_train:,} to train on, {self.n_valid:,} to evaluate on"])
     __repr__ = __str__
 

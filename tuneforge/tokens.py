@@ -62,10 +62,10 @@ def load_tokenizer(
 # %% ../nbs/13_tokens.ipynb #514943a0
 def bos_ids(
     tokenizer, # transformers tokenizer
-) -> list[int]: # one id or none
-    "What the tokenizer puts before a text"
-    ids = tokenizer("").input_ids
-    return ids[:1] if ids[:1]==[tokenizer.bos_token_id] else []
+) -> list[int]: # mostly one id or none
+    "What the tokenizer puts before a text. What it may put behind one is no business of a prompt, and left out."
+    bare,whole = (tokenizer("a", add_special_tokens=o).input_ids for o in (False,True))
+    return next((whole[:k] for k in range(len(whole)-len(bare)+1) if whole[k:k+len(bare)]==bare), [])
 
 @dataclass
 class Sample:
@@ -123,6 +123,22 @@ def _offsets(encoding, ids, n_first, n_eos, length):
     return [(0,0)]*n_first+o+[(length,length)]*n_eos if n_first or n_eos else o
 
 # %% ../nbs/13_tokens.ipynb #f82c304c
+def _samples(samples, groups, made, counts, ids, labels, own, spans, n_head):
+    "The batch, sample by sample"
+    own,ends = own.copy(),np.cumsum(counts)
+    for (_,a,_),(_,n,_),e,c in zip(groups, made, ends.tolist(), counts.tolist()):
+        if n: own[e-n:e] = -1
+        if n_head and a==0: own[e-c:e-c+n_head] = -1
+    last = np.cumsum([len(_groups(o)) for o in samples])-1
+    res,at,seg,char,g = [],0,0,0,0
+    for o,e,k in zip(samples, ends[last].tolist(), last.tolist()):
+        where = own[at:e]
+        where = np.where(where<0, -1, where-seg)
+        res.append(Sample(ids[at:e], labels[at:e], o, where, spans[at:e]-char if spans is not None else None, any(m[2] for m in made[g:k+1])))
+        at,seg,char,g = e,seg+len(o),char+sum(len(s.text) for s in o) if spans is not None else 0,k+1
+    return res
+
+# %% ../nbs/13_tokens.ipynb #19482486
 def tokenise(
     tokenizer, # transformers tokenizer
     samples:list[list[Segment]], # a batch
@@ -153,21 +169,6 @@ def tokenise(
         spans = np.stack([starts, ends], 1).astype(np.int32) if want_offsets else None
     else: own,train,spans = low,flags[low],None
     return _samples(samples, groups, made, counts, ids, np.where(train, ids, np.int32(IGNORE)), own, spans, len(head))
-
-def _samples(samples, groups, made, counts, ids, labels, own, spans, n_head):
-    "The batch, sample by sample"
-    own,ends = own.copy(),np.cumsum(counts)
-    for (_,a,_),(_,n,_),e,c in zip(groups, made, ends.tolist(), counts.tolist()):
-        if n: own[e-n:e] = -1
-        if n_head and a==0: own[e-c:e-c+n_head] = -1
-    last = np.cumsum([len(_groups(o)) for o in samples])-1
-    res,at,seg,char,g = [],0,0,0,0
-    for o,e,k in zip(samples, ends[last].tolist(), last.tolist()):
-        where = own[at:e]
-        where = np.where(where<0, -1, where-seg)
-        res.append(Sample(ids[at:e], labels[at:e], o, where, spans[at:e]-char if spans is not None else None, any(m[2] for m in made[g:k+1])))
-        at,seg,char,g = e,seg+len(o),char+sum(len(s.text) for s in o) if spans is not None else 0,k+1
-    return res
 
 # %% ../nbs/13_tokens.ipynb #47e56f17
 def is_tokenised(
