@@ -19,7 +19,7 @@ setup(
     long_description=(here/"README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["tuneforge", "tuneforge.*"]),
-    package_data={"tuneforge": ["examples/**/*"]},
+    package_data={"tuneforge": ["examples/**/*", "jinja/*.jinja"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split(),

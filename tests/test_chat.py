@@ -1,44 +1,260 @@
 "Masks of chat templates, against text written out by hand"
+import json
 import pytest
-from hypothesis import given, strategies as st
-from tuneforge.chat import TEMPLATES, chat_segments, find_turns, render
-from tuneforge.config import UserError
+from hypothesis import HealthCheck, given, settings, strategies as st
+from tuneforge.chat import ChatTemplate, find_turns, render, to_messages
+from tuneforge.config import DatasetOptions, UserError
+from tuneforge.prompts import prompt_format
+from tuneforge.templates import TEMPLATES, resolve_template
+from tuneforge.tokens import IGNORE, disagreement, encode_rows, tokenise_rows
+from tests.tokenizers import tokenizer
 
-LLAMA3 = "<s><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|>"
-CHATML = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
-CHAT = [dict(role="user", content="Hi"), dict(role="assistant", content="Hello")]
+SHIPPED = [n for n in TEMPLATES]
+# what a template writes before an answer, after one, after one that isn't the last; how it trims; whether it takes a system message
+PLAIN = ("", "<|im_end|>", "<|im_end|>", str, True)
+LAYOUT = {n: PLAIN for n in ("chatml", "phi_4", "qwen_25", "qwen2_vl")} | dict(
+    alpaca=(" ", "</s>", "</s>", str, True), aya=("", "<|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", str.strip, True),
+    deepseek_v2=("", "</s>", "</s>", str, True), exaone=("", "[|endofturn|]", "[|endofturn|]", str, True),
+    gemma=("", "<end_of_turn>", "<end_of_turn>", str.strip, False), jamba=(" ", "<|eom|>", "<|eom|>", str, True),
+    llama3=("", "<|eot_id|>", "<|eot_id|>", str.strip, True), llama4=("", "<|eot|>", "<|eot|>", str.strip, True),
+    metharme=("", "</s>", "", str, True), mistral_v1=(" ", "</s>", "</s>", str, False), mistral_v3_tekken=("", "</s>", "</s>", str, False),
+    mistral_v7_tekken=("", "</s>", "</s>", str, True), phi_3=("", "<|end|>", "<|end|>", str, True))
+SAME = dict(cohere="aya", deepseek_v3="deepseek_v2", gemma3="gemma", gemma3n="gemma", llama3_2_vision="llama3", mistral_v2v3="mistral_v1", phi_35="phi_3")
+LAYOUT |= {a: LAYOUT[b] for a, b in SAME.items()}
+FORMAL = dict(type="chat_template")
+
+text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co"]), max_size=12) | st.sampled_from(
+    ["", " ", "\n", "  Hello", "Hello \n", "\n\nHello\n", "<|im_end|>", "[[dummy]]", "{{ 7*7 }}", "<|im_start|>assistant\n", "a\n\nb", "{% raw %}", "</s>", "[/INST]", "<|end|>",
+     "<end_of_turn>\n<start_of_turn>model\n", "### Response: no", "<|eot_id|>", "山 Käthe 🐐", "\u2028x\u2028", "[|assistant|]", "<|model|>", "Hello<|im_end|>\n<|im_start|>assistant\nHello"])
 
 
-def test_layouts():
-    assert render(CHAT, TEMPLATES["chatml"])==CHATML
-    assert render(CHAT, TEMPLATES["llama3"], bos_token="<s>")==LLAMA3
-    assert render(CHAT[:1], TEMPLATES["llama3"], True, bos_token="<s>")+"Hello<|eot_id|>"==LLAMA3
-
-
-text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co"]), min_size=1).filter(str.strip) | st.sampled_from(
-    ["<|im_end|>", "[[dummy]]", "{{ 7*7 }}", "<|im_start|>assistant\n", "a\n\nb", "{% raw %}"])
-
-
-@given(st.lists(text, min_size=1, max_size=5), st.sampled_from(["chatml", "llama3"]))
-def test_turns_are_found_whatever_they_say(contents, name):
+def conversation(contents, system=None):
     chat = [dict(role=("user", "assistant")[i%2], content=c) for i, c in enumerate(contents)]
-    rendered, turns = find_turns(chat, TEMPLATES[name], bos_token="<s>")
-    assert rendered==render(chat, TEMPLATES[name], bos_token="<s>")
-    assert [rendered[t.start:t.end] for t in turns]==[c.strip() for c in contents]
+    return ([dict(role="system", content=system)] if system is not None else [])+chat
 
 
-def test_answer_is_trained_with_its_terminator():
-    segs = chat_segments(CHAT, TEMPLATES["llama3"], ["assistant"], ["<|eot_id|>"], bos_token="<s>")
-    assert [(s.text, s.train) for s in segs]==[(LLAMA3[:-len("Hello<|eot_id|>")], False), ("Hello<|eot_id|>", True)]
+def expected(name, contents):
+    "The text that is trained, by hand"
+    lead, last, inner, trim, _ = LAYOUT[name]
+    answers = [trim(c) for c in contents[1::2]]
+    return [lead+a+(last if i==len(answers)-1 and len(contents)%2==0 else inner) for i, a in enumerate(answers)]
 
 
-@pytest.mark.parametrize("template", [
-    "{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}",
-    "{% for m in messages %}{{ m['content'] | length }}{% endfor %}",
-    "{% for m in messages %}{{ m['content'].split('l')[0] }}{% endfor %}"])
-def test_templates_that_change_text_are_refused(template):
-    with pytest.raises(UserError, match="changes the messages' text"): find_turns(CHAT, template)
+def trained(segments):
+    "The trained text of each turn"
+    res = {}
+    for s in segments: res[s.turn] = res.get(s.turn, "")+s.text*s.train
+    return [t for t in res.values() if t]
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUT))
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@given(st.lists(text, min_size=2, max_size=6), text | st.none())
+def test_trained_text_of_every_template(name, contents, system):
+    tok = tokenizer()
+    if not LAYOUT[name][4]: system = None
+    fmt = prompt_format(DatasetOptions(path="x", chat_template=name, **FORMAL), tok)
+    row = dict(messages=conversation(contents, system))
+    segs = fmt(row)
+    assert "".join(s.text for s in segs)==render(row["messages"], TEMPLATES[name], bos_token="<s>", eos_token="</s>")
+    want = [t for t in expected(name, contents) if t]
+    assert trained(segs)==want
+    enc = encode_rows([row], dict(FORMAL, chat_template=name), tok)[0]
+    assert tok.decode([i for i in enc["labels"] if i!=IGNORE])=="".join(want)
+
+
+def spoken(tok, ids):
+    "The text of SentencePiece-like tokens, with all its spaces"
+    raw = b"".join(bytes([int(t[3:5], 16)]) if t.startswith("<0x") else t.replace("▁", " ").encode() for t in tok.convert_ids_to_tokens(ids))
+    return raw.decode()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(sorted(LAYOUT)), st.lists(st.text("abc Helo.é山\n", min_size=1, max_size=9).filter(str.strip), min_size=2, max_size=4), st.booleans())
+def test_sentencepiece_like_tokens(name, contents, bos):
+    tok = tokenizer("metaspace", bos)
+    enc = encode_rows([dict(messages=conversation(contents))], dict(FORMAL, chat_template=name), tok)[0]
+    assert spoken(tok, [i for i in enc["labels"] if i!=IGNORE])=="".join(expected(name, contents))
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUT))
+@pytest.mark.parametrize("kind", ["byte", "metaspace"])
+def test_inference_agrees_with_training(name, kind):
+    tok = tokenizer(kind)
+    rows = [dict(messages=conversation(["Where does Bagol live?", "In Coldmere.", "And Dimul?", "Foxbury"][:n])) for n in (2, 4)]
+    fmt = prompt_format(DatasetOptions(path="x", chat_template=name, **FORMAL), tok)
+    samples, _ = tokenise_rows(rows, fmt, tok, 2048)
+    assert [disagreement(fmt, tok, r, s[0]) for r, s in zip(rows, samples)]==[None, None]
+
+
+# thinking, tools, templates of other kinds
+
+def turns(messages, name, **kw):
+    fmt = prompt_format(DatasetOptions(path="x", chat_template=name if name in TEMPLATES else "jinja", chat_template_jinja=None if name in TEMPLATES else name, **FORMAL, **kw), tokenizer())
+    return trained(fmt(dict(messages=messages)))
+
+
+U, V = dict(role="user", content="Who?"), dict(role="user", content="Where?")
+answer = lambda content, **kw: dict(role="assistant", content=content, **kw)
+END = "<|im_end|>"
+
+
+@pytest.mark.parametrize("thinking", ["hm", "a\n\nb", "<tool_call>", "Hello", "<|im_end|>"])
+@pytest.mark.parametrize("own_key", [True, False])
+def test_thinking_is_trained_where_it_is_written(thinking, own_key):
+    say = lambda t: answer(t, reasoning_content=thinking) if own_key else answer(f"<think>\n{thinking}\n</think>\n\n{t}")
+    assert turns([U, say("Hello"), V, say("There ")], "qwen3")==["Hello"+END, f"<think>\n{thinking}\n</think>\n\nThere {END}"]
+
+
+def test_an_empty_thinking_block_is_not_trained():
+    assert turns([U, answer("Hello")], "qwen3")==["Hello"+END]
+    assert turns([U, answer(""), V, answer("")], "qwen3")==[END, END]
+    assert turns([U, answer("a"), V, answer("b")], "qwen3", chat_template_kwargs=dict(enable_thinking=False))==["a"+END, "b"+END]
+
+
+def test_only_thinking():
+    assert turns([U, answer("<think>\nhm\n</think>")], "qwen3")==["<think>\nhm\n</think>\n\n"+END]
+    assert turns([U, answer("<think>\nhm\n</think>")], "chatml")==["<think>\nhm\n</think>"+END]
+
+
+def test_split_thinking_gives_it_to_the_template():
+    row = [U, answer("<think>hm</think> Hello")]
+    assert turns(row, "qwen3", split_thinking=True)==["<think>\nhm\n</think>\n\nHello"+END]
+    assert to_messages(dict(messages=row), DatasetOptions(path="x", split_thinking=True, template_thinking_key="thinking")).messages[1]==dict(role="assistant", content="Hello", thinking="hm")
+
+
+CALL = dict(role="assistant", content=None, tool_calls=[dict(id="1", type="function", function=dict(name="where", arguments='{"who": "Bagol <|im_end|>", "n": 1, "deep": {"a": ["x"]}}')), dict(function=dict(name="f", arguments={}))])
+TOOLS = [dict(type="function", function=dict(name="where", description="Where someone lives", parameters=dict(type="object", properties=dict(who=dict(type="string", enum=None)))))]
+
+
+@pytest.mark.parametrize("name, call", [
+    ("qwen_25", '<tool_call>\n{"name": "where", "arguments": {"who": "Bagol <|im_end|>", "n": 1, "deep": {"a": ["x"]}}}\n</tool_call>\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>'),
+    ("qwen3", '<tool_call>\n{"name": "where", "arguments": {"who": "Bagol <|im_end|>", "n": 1, "deep": {"a": ["x"]}}}\n</tool_call>\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>'),
+    ("jamba", ' <tool_calls>[{"name": "where", "arguments": {"who": "Bagol <|im_end|>", "n": 1, "deep": {"a": ["x"]}}}, {"name": "f", "arguments": {}}]</tool_calls><|eom|>'),
+    ("llama4", '{"name": "where", "parameters": {"who": "Bagol <|im_end|>", "n": 1, "deep": {"a": ["x"]}}}{"name": "f", "parameters": {}}<|eot|>')])
+def test_tool_calls_are_trained_whole(name, call):
+    row = dict(messages=[U, CALL, dict(role="tool", content="Coldmere", tool_call_id="1"), answer("There")], tools=json.dumps(TOOLS))
+    segs = prompt_format(DatasetOptions(path="x", chat_template=name, **FORMAL), tokenizer())(row)
+    lead, end = LAYOUT.get(name, PLAIN)[:2]
+    assert trained(segs)==[call, f"{lead}There{end}"]
+    if name!="llama4": assert "Where someone lives" in segs[0].text and "null" not in segs[0].text
+
+
+GENERATION = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role']=='assistant' %}{% generation %}{{ m['content'] | upper }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+
+
+def test_generation_blocks_are_believed(): # even where the template shouts
+    assert turns([U, answer("Hello"), V, answer("There")], GENERATION)==["HELLO"+END, "THERE"+END]
+    whole = GENERATION.replace("{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n", "<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}")
+    assert turns([U, answer("Hello"), V, answer("There")], whole)==["HELLO"+END, "THERE"+END]
+
+
+@pytest.mark.parametrize("template, says", [
+    ("{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}", "changes the messages' text"),
+    ("{% for m in messages %}{{ m['content'] | length }}{% endfor %}", "changes the messages' text"),
+    ("{% for m in messages %}{{ m['content'][:-1] + '.' }}{% endfor %}", "changes the messages' text"),
+    ("{% for m in messages if m['role']=='user' %}{{ m['content'] }}{% endfor %}", "leaves out what it says")])
+def test_templates_that_change_text_are_refused(template, says):
+    with pytest.raises(UserError, match=says): find_turns([U, answer("Hello")], ChatTemplate(template), {1})
+
+
+def test_templates_that_look_at_questions_may(): # marks in a question would change what this template does
+    t = "{% for m in messages %}{{ '?' if m['content'].startswith('W') else '' }}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    text, found = find_turns([U, answer("Hello")], ChatTemplate(t), {1})
+    assert [text[o.start:o.end] for o in found if o.index==1]==["Hello"]
+    with pytest.raises(UserError, match="hides where some turns end"): turns([U, answer("Hello")], t, train_on_eos="all")
 
 
 def test_templates_cannot_run_code():
-    with pytest.raises(UserError): render(CHAT, "{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(UserError): render([U], "{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(UserError): render([U], "{{ messages.append(1) }}")
+
+
+# what is trained
+
+CHAT = [dict(role="system", content="Be brief."), U, answer("Bagol."), V, answer("Coldmere.")]
+CONTENT = {"system": "Be brief.", "user": ["Who?", "Where?"]}
+
+
+@pytest.mark.parametrize("options, want", [
+    (dict(roles_to_train=None), ["Coldmere."+END]),
+    (dict(roles_to_train=["user"]), ["Who?"+END, "Where?"+END]),
+    (dict(roles_to_train=["human", "gpt"]), ["Who?"+END, "Bagol."+END, "Where?"+END, "Coldmere."+END]),
+    (dict(train_on_eos="none"), ["Bagol.", "Coldmere."]),
+    (dict(train_on_eos="last"), ["Bagol.", "Coldmere."+END]),
+    (dict(train_on_eos="all"), [END, END, "Bagol."+END, END, "Coldmere."+END]),
+    (dict(train_on_eot="none"), ["Bagol.", "Coldmere."]),
+    (dict(train_on_eos="none", train_on_eot="turn"), ["Bagol."+END, "Coldmere."+END]),
+    (dict(drop_system_message=True, train_on_eos="all"), [END, "Bagol."+END, END, "Coldmere."+END])])
+def test_masks_by_role(options, want): assert turns(CHAT, "chatml", **options)==want
+
+
+def test_train_on_inputs_trains_words_not_headers():
+    tok = tokenizer()
+    enc = encode_rows([dict(messages=CHAT)], dict(FORMAL, chat_template="chatml"), tok, train_on_inputs=True)[0]
+    assert tok.decode([i for i in enc["labels"] if i!=IGNORE])=="".join(m["content"]+END for m in CHAT)
+
+
+def test_masks_by_message_and_by_character():
+    rows = [U, answer("Bagol.", train=False), V | dict(train=True), answer("In Coldmere.", part=json.dumps([dict(begin_offset=3, end_offset=10, train=True)]))]
+    assert turns(rows, "chatml", message_field_training="train")==["Where?"+END, "In Coldmere."+END]
+    assert turns(rows, "chatml", message_field_training_detail="part")==["Bagol."+END, "Coldmere"+END]
+    parts = [dict(type="text", text="In "), dict(type="text", text="Coldmere", weight=1), dict(type="text", text=".", train=False)]
+    assert turns([U, answer(parts)], "llama3")==["In Coldmere<|eot_id|>"]
+
+
+def test_default_system_message_and_column():
+    opts = DatasetOptions(path="x", default_system_message="Be kind.")
+    assert [m["content"] for m in to_messages(dict(messages=[U]), opts).messages]==["Be kind.", "Who?"]
+    assert [m["content"] for m in to_messages(dict(messages=[U], system="Be rude."), opts).messages]==["Be rude.", "Who?"]
+    assert to_messages(dict(messages=CHAT), opts).messages==CHAT
+
+
+def test_names_of_keys():
+    row = dict(talk=[dict(speaker="bot", text="Hi", mood="calm", gone=None)])
+    opts = DatasetOptions(path="x", field_messages="talk", message_property_mappings=dict(role="speaker", content="text", tone="mood"), roles=dict(assistant=["bot"]))
+    assert to_messages(row, opts).messages==[dict(role="assistant", content="Hi", tone="calm")]
+    assert to_messages(dict(messages=json.dumps([U])), DatasetOptions(path="x")).messages==[U]
+
+
+@pytest.mark.parametrize("kind", ["sharegpt", "sharegpt:chat", "sharegpt.load_role", "messages", "messages.chat", "chat_template"])
+def test_old_chats_are_recognised(kind):
+    role = "role" if kind=="sharegpt.load_role" else "from"
+    row = dict(conversations=[{role: "human", "value": "Who?"}, {role: "gpt", "value": "Bagol."}])
+    segs = prompt_format(DatasetOptions(path="x", type=kind, chat_template="chatml"), tokenizer())(row)
+    assert trained(segs)==["Bagol."+END]
+
+
+def test_weights_of_internal_messages():
+    row = dict(messages=[U, answer("Bagol.", weight=0), V, answer("Coldmere.", weight=1)])
+    assert trained(prompt_format(DatasetOptions(path="x", type="messages", chat_template="chatml"), tokenizer())(row))==["Coldmere."+END]
+
+
+@pytest.mark.parametrize("row, says", [
+    (dict(text="x"), "messages is null, but should be a list; the row has `text`"),
+    (dict(messages=[]), "messages is empty"),
+    (dict(messages="["), "messages is no JSON"),
+    (dict(messages=[U, "Hi"]), r"messages\[1\] is text \('Hi'\), but should be an object"),
+    (dict(messages=[U, answer(None)]), r"messages\[1\].content is null"),
+    (dict(messages=[U, answer(7)]), r"messages\[1\].content is a number \(7\)"),
+    (dict(messages=[dict(content="x")]), r"messages\[0\].role is null"),
+    (dict(messages=[dict(role="narrator", content="x")]), r"messages\[0\].role is 'narrator', which is none of"),
+    (dict(messages=[U, answer("x", tool_calls=[dict(function=dict(name="f", arguments="{"))])]), r"messages\[1\].tool_calls\[0\].function.arguments is no JSON"),
+    (dict(messages=[U], tools="no"), "tools is no JSON"),
+    (dict(messages=[U], tools=["{"]), r"tools\[0\] is no JSON"),
+    (dict(messages=[U], tools=3), "tools is a number")])
+def test_bad_rows_say_where(row, says):
+    with pytest.raises(UserError, match=f"row 1 .*{says}"): encode_rows([row], dict(FORMAL, chat_template="chatml"), tokenizer())
+
+
+def test_template_choices(tmp_path):
+    (tmp_path/"t.jinja").write_text("{{ messages }}")
+    assert resolve_template("jinja", str(tmp_path/"t.jinja"), None)=="{{ messages }}"
+    assert resolve_template("tokenizer_default_fallback_gemma", None, None)==TEMPLATES["gemma"]
+    assert resolve_template(None, None, "mine")=="mine"
+    for choice, says in [("tokenizer_default", "has none"), ("jinja", "needs `chat_template_jinja`"), ("tokenizer_default_fallback_x", "unknown")]:
+        with pytest.raises(UserError, match=says): resolve_template(choice, None, None)
+    with pytest.raises(UserError, match="neither a Jinja text nor a file"): resolve_template("jinja", "no/such.jinja", None)
+
+
+def test_every_template_is_tested(): assert set(LAYOUT) | {"qwen3"}>=set(SHIPPED)

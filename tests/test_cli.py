@@ -150,13 +150,13 @@ def test_broken_line(d):
 def test_missing_field(d):
     write_jsonl(d/"some.jsonl", [dict(instruction="a", output="b"), dict(instruction="a")])
     said = mistake(d, data="some.jsonl")
-    assert "row 2 has no `output`" in said
+    assert "some.jsonl:2: output is null" in said
 def test_wrong_type_of_field(d):
     write_jsonl(d/"num.jsonl", [dict(instruction="a", output=3)])
-    assert "row 1: `output` is 3" in mistake(d, data="num.jsonl")
+    assert "num.jsonl:1: output is a number (3)" in mistake(d, data="num.jsonl")
 def test_chat_message_without_content(d):
     write_jsonl(d/"chat.jsonl", [dict(messages=[dict(role="user", content="a"), dict(role="assistant")])])
-    assert "row 1: a message has no `content`" in mistake(d, data="chat.jsonl", type="chat_template")
+    assert "chat.jsonl:1: messages[1].content is null" in mistake(d, data="chat.jsonl", type="chat_template")
 def test_unknown_format(d): assert "did you mean `alpaca`" in mistake(d, type="alpacca")
 def test_nothing_left(d):
     said = mistake(d, more="sequence_len: 8")

@@ -3,7 +3,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tuneforge.config import DataOptions, DatasetOptions, TokenizerOptions, UserError
-from tuneforge.dataset import draw_valid, prepare_data
+from tuneforge.dataset import data_key, draw_valid, prepare_data
 from tuneforge.sources import load_rows
 from tuneforge.tokens import IGNORE, load_tokenizer
 from tests.tools import write_jsonl
@@ -86,3 +86,77 @@ def test_broken_files_are_named(tmp_path, content, says):
 
 def test_hub_without_a_network_is_a_clear_error():
     with pytest.raises(UserError, match="is no local file, and on the hub"): load_rows(DatasetOptions(path="someone/something"))
+
+
+# rows that are no good
+
+CHAT = [dict(role="user", content="Who?"), dict(role="assistant", content="Bagol.")]
+BAD = [ # options of the entry, a good row, a bad one, what is said
+    (dict(type="alpaca"), dict(instruction="a", output="b"), dict(instruction="a"), "output is null"),
+    (dict(type="alpaca"), dict(instruction="a", output="b"), dict(instruction="a", output=5), "output is a number (5)"),
+    (dict(type="chat_template"), dict(messages=CHAT), dict(messages=[]), "messages is empty"),
+    (dict(type="chat_template"), dict(messages=CHAT), dict(messages=[CHAT[0], dict(role="assistant", content=None)]), "messages[1].content is null"),
+    (dict(type="chat_template"), dict(messages=CHAT), dict(messages=[dict(role="narrator", content="x")]), "messages[0].role is 'narrator'"),
+    (dict(type="chat_template"), dict(messages=CHAT), dict(messages="Who?"), "messages is no JSON"),
+    (dict(type="chat_template"), dict(messages=CHAT, tools="[]"), dict(messages=CHAT, tools="{"), "tools is no JSON"),
+    (dict(type="chat_template", chat_template="gemma"), dict(messages=CHAT), dict(messages=CHAT[1:]), "messages: the chat template refuses this conversation: this template wants user and assistant to take turns")]
+
+
+@pytest.mark.parametrize("entry, good, bad, says", BAD, ids=[b[3][:28] for b in BAD])
+def test_bad_rows_have_file_line_and_field(tmp_path, entry, good, bad, says):
+    f = tmp_path/"x.jsonl"
+    f.write_text("\n".join(["", json.dumps(good), "", json.dumps(bad), json.dumps(good), ""]))
+    opts = lambda **kw: options(tmp_path, DatasetOptions(path=str(f), **entry), **kw)
+    with pytest.raises(UserError) as e: prepare_data(opts(), TOK)
+    assert f"{f}:4: {says}" in str(e.value)
+    skipped = prepare_data(opts(on_bad_row="skip"), TOK)
+    report = skipped.report.sources[0]
+    assert (report.rows_in, report.rows_out, report.dropped)==(3, 2, {"no good": [2]})
+    assert f"x.jsonl:4: {says}" in str(report.bad) and says in str(skipped.report) and not (skipped.path/"quarantine.jsonl").exists()
+    kept = prepare_data(opts(on_bad_row="quarantine"), TOK)
+    line = json.loads((kept.path/"quarantine.jsonl").read_text())
+    assert line["place"]==f"{f}:4" and says in line["error"] and {k: v for k, v in (json.loads(line["data"]) if isinstance(line["data"], str) else line["data"]).items() if v is not None}.keys()=={k for k in bad}
+    assert kept.train["input_ids"]==skipped.train["input_ids"]
+
+
+def test_lines_that_are_not_json_can_be_skipped(tmp_path):
+    f = tmp_path/"x.jsonl"
+    f.write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n[1]\n')
+    with pytest.raises(UserError, match="x.jsonl:2:17: this line is not JSON"): prepare_data(options(tmp_path, DatasetOptions(path=str(f))), TOK)
+    data = prepare_data(options(tmp_path, DatasetOptions(path=str(f)), on_bad_row="skip"), TOK)
+    assert data.report.sources[0].dropped=={"no good": [2, 3]} and len(data.train)==1
+
+
+def test_two_files_and_a_json_array_are_told_apart(tmp_path):
+    (tmp_path/"d").mkdir()
+    write_jsonl(tmp_path/"d"/"1.jsonl", [dict(text="a")])
+    (tmp_path/"d"/"2.json").write_text(json.dumps([dict(text="b"), dict(text=None)]))
+    with pytest.raises(UserError, match="2.json: row 2: text is null"): prepare_data(options(tmp_path, DatasetOptions(path=str(tmp_path/"d"), type="completion")), TOK)
+
+
+def test_many_processes_tell_the_same(tmp_path):
+    f = write_jsonl(tmp_path/"x.jsonl", [dict(instruction=str(i), output="b" if i!=9000 else None) for i in range(10001)])
+    with pytest.raises(UserError, match="x.jsonl:9001: output is null"): prepare_data(options(tmp_path, DatasetOptions(path=str(f)), dataset_processes=2), TOK)
+
+
+def test_rows_where_inference_differs_are_listed(tmp_path):
+    f = write_jsonl(tmp_path/"x.jsonl", [dict(messages=CHAT)]*3)
+    gap = "{% for m in messages %}{{ m['role']+': '+m['content']+'\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    data = prepare_data(options(tmp_path, DatasetOptions(path=str(f), type="chat_template", chat_template="jinja", chat_template_jinja=gap)), TOK)
+    report = data.report.sources[0]
+    assert report.compared==3 and len(report.disagree)==3 and f"{f}:1: at character " in report.disagree[0]
+    assert data.golden==[]
+
+
+def test_the_cache_follows_templates_and_own_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    f, t = write_jsonl(tmp_path/"x.jsonl", [dict(messages=CHAT)]*3), tmp_path/"t.jinja"
+    t.write_text("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}")
+    (tmp_path/"mine.py").write_text("def f(row): return [('a', False), ('b', True)]")
+    key = lambda **kw: data_key(options(tmp_path, DatasetOptions(path=str(f), **kw)), TOK)
+    jinja, own = dict(type="chat_template", chat_template_jinja=str(t)), dict(type="mine:f")
+    first = key(**jinja), key(**own)
+    assert (key(**jinja), key(**own))==first
+    t.write_text(t.read_text()+"!")
+    assert key(**jinja)!=first[0]
+    assert key(type="chat_template", eot_tokens=["</s>"])!=key(type="chat_template")

@@ -20,11 +20,13 @@ from .explain import explain, config_table, json_schema
 from .tiny import *
 from .sources import *
 from .prompts import *
+from .templates import *
 from .chat import *
 from .tokens import *
 from .dataset import *
 from .packing import *
 from .inspect import *
+from .audit import *
 from .models import *
 from .attention import *
 from .adapters import *

@@ -72,7 +72,7 @@ def evaluate(
     ds = prepare_data(cfg, tokenizer).valid
     plan = plan_evaluation([len(o) for o in ds.with_format("numpy")["input_ids"]], cfg.model_copy(update=dict(eval_sample_packing=False)), cfg.sequence_len)
     metrics = mean_loss(model, PlanLoader(ds, [plan], Collator(tokenizer.pad_token_id, packed=False))) | dict(rows=len(ds))
-    if any(e.type!="completion" for e in cfg.test_datasets or cfg.datasets):
+    if any(e.type not in ("completion","pretrain") for e in cfg.test_datasets or cfg.datasets):
         answers = answer_all(model, tokenizer, ds.select(range(min(max_answers, len(ds)))))
         metrics |= dict(exact_match=answers.exact_match, answered=len(answers.rows))
     write_text(Path(cfg.output_dir)/"evaluation.json", json.dumps(metrics, indent=1))

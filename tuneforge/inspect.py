@@ -10,7 +10,7 @@ __all__ = ['Token', 'token_text', 'TokenView', 'show_samples']
 # %% ../nbs/16_inspect.ipynb #e852b97c
 from dataclasses import dataclass
 from html import escape
-from .tokens import IGNORE
+from .tokens import IGNORE, Sample
 
 # %% ../nbs/16_inspect.ipynb #1e3a72dc
 @dataclass(frozen=True)
@@ -20,6 +20,17 @@ class Token:
     text:str # what it stands for
     trained:bool # carries loss
     special:bool # a special token
+    role:str="" # who speaks
+    turn:int=-1 # index of the message; -1: none
+    start:int|None=None # first character in the sample's text
+    end:int|None=None # after the last
+    why:str="" # why it is not trained
+
+    def about(self) -> str: # one line
+        "What there is to know about it"
+        who = f"{self.role}"+f", message {self.turn+1}"*(self.turn>=0)
+        where = f"characters {self.start}–{self.end}" if self.start is not None else ""
+        return " · ".join(o for o in (f"id {self.id}", who, where, "trained" if self.trained else f"not trained: {self.why}" if self.why else "not trained") if o)
 
 def token_text(
     tokenizer, # transformers tokenizer
@@ -40,26 +51,50 @@ def _byte_of(): # GPT-2's printable stand-ins for bytes
     return {chr(b): b for b in plain} | {chr(256+i): b for i,b in enumerate(rest)}
 
 # %% ../nbs/16_inspect.ipynb #0d93c23a
+def _facts(sample:Sample, n:int):
+    "role, turn, characters and reason of token `n`"
+    k = int(sample.segment[n])
+    if k<0: return dict(why="put there by the tokenizer")
+    s = sample.segments[k]
+    span = dict(start=int(sample.offsets[n][0]), end=int(sample.offsets[n][1])) if sample.offsets is not None else {}
+    return dict(role=s.role, turn=s.turn, why=s.why or "prompt") | span
+
+def _tokens(sample, tokenizer, special):
+    ids,labels,known = (sample.input_ids,sample.labels,sample.segment is not None) if isinstance(sample, Sample) else (sample["input_ids"],sample["labels"],False)
+    for n,(i,l) in enumerate(zip(ids, labels)):
+        facts,trained = _facts(sample, n) if known else {},n>0 and int(l)!=IGNORE
+        if n==0 and int(l)!=IGNORE: facts["why"] = "the first token is predicted from nothing"
+        yield Token(int(i), token_text(tokenizer, i), trained, int(i) in special, **(facts | dict(why="") if trained else facts))
+
 class TokenView:
     "A tokenised sample: what is trained, what is only read"
     def __init__(self,
-        sample:dict, # `input_ids` and `labels`
+        sample:dict|Sample, # `input_ids` and `labels`, as prepared or fresh from the tokenizer
         tokenizer, # transformers tokenizer
+        title:str="", # over it
     ):
-        special = set(tokenizer.all_special_ids)
-        self.tokens = [Token(int(i), token_text(tokenizer, i), n>0 and int(l)!=IGNORE, int(i) in special)
-            for n,(i,l) in enumerate(zip(sample["input_ids"], sample["labels"]))]
+        special = set(tokenizer.all_special_ids) | {i for i,t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.tokens,self.title = list(_tokens(sample, tokenizer, special)),title
     @property
     def n_trained(self): return sum(t.trained for t in self.tokens)
     def _caption(self): return f"{len(self.tokens)} tokens, {self.n_trained} trained"
-    def __repr__(self): return "".join(f"[{t.text}]" if t.trained else t.text for t in self.tokens)+f"\n{self._caption()}"
+    def __repr__(self): return f"{self.title}\n"*bool(self.title)+"".join(f"[{t.text}]" if t.trained else t.text for t in self.tokens)+f"\n{self._caption()}"
 
 # %% ../nbs/16_inspect.ipynb #e61b49f1
+def _speakers(tokens):
+    "(token, who begins to speak with it or None)"
+    last = None
+    for t in tokens:
+        now = (t.role, t.turn)
+        yield t,t.role if t.role and now!=last else None
+        if t.role: last = now
+
 def _rich(self):
-    "As rich text: trained tokens bold on green, special tokens reversed, the rest dim"
+    "As rich text: trained tokens bold on green, special tokens in brackets, the rest dim"
     from rich.text import Text
-    res = Text()
-    for t in self.tokens:
+    res = Text(f"{self.title}\n" if self.title else "", "bold")
+    for t,who in _speakers(self.tokens):
+        if who: res.append(f"▸{who} ", "magenta")
         style = "bold black on green" if t.trained else "dim"
         res.append(t.text if not t.special else f"‹{t.text}›", style+(" italic" if t.special else ""))
     return res.append(f"\n{self._caption()}", "cyan")
@@ -70,26 +105,37 @@ TokenView.__rich__ = _rich
 _READ = "color:#8a8f98"
 _TRAINED = "background:#c8f0d2;color:#0b4f21;border-bottom:2px solid #2da44e"
 _SPECIAL = "border:1px solid #b0b7c3;border-radius:3px;padding:0 2px;font-size:85%"
+_SPEAKER = "color:#8250df;font:11px sans-serif;padding:0 3px"
 
-def _chip(t:Token):
+def _chip(t:Token, who, ids):
     text = escape(t.text).replace("\n", "⏎<br>").replace(" ", "&nbsp;" if t.text==" " else " ")
     style = ";".join([_TRAINED if t.trained else _READ] + [_SPECIAL]*t.special)
-    return f'<span title="id {t.id}{", trained" if t.trained else ""}" style="{style};margin-right:1px">{text}</span>'
+    return f'<span style="{_SPEAKER}">▸{escape(who or "")}</span>'*bool(who) + f'<span title="{escape(t.about())}" style="{style};margin-right:1px">{text}{f"<sub>{t.id}</sub>" if ids else ""}</span>'
 
-def _html(self):
-    chips = "".join(map(_chip, self.tokens))
-    return (f'<div style="font-family:ui-monospace,monospace;font-size:13px;line-height:1.9;white-space:pre-wrap;border:1px solid #d8dee4;'
-        f'border-radius:6px;padding:8px">{chips}<div style="font:12px sans-serif;color:#57606a;margin-top:6px">{self._caption()}: '
-        f'<span style="{_TRAINED}">trained</span> <span style="{_READ}">read only</span> <span style="{_SPECIAL}">special</span></div></div>')
+def _html(self,
+    ids:bool=False, # show each token's id
+) -> str: # HTML
+    "The sample as chips"
+    chips = "".join(_chip(t, who, ids) for t,who in _speakers(self.tokens))
+    title = f'<div style="font:bold 12px sans-serif">{escape(self.title)}</div>' if self.title else ""
+    return (f'<div style="font-family:ui-monospace,monospace;font-size:13px;line-height:1.9;white-space:pre-wrap;border:1px solid #d8dee4;border-radius:6px;padding:8px;margin:4px 0">'
+        f'{title}{chips}<div style="font:12px sans-serif;color:#57606a;margin-top:6px">{self._caption()}: '
+        f'<span style="{_TRAINED}">trained</span> <span style="{_READ}">read only</span> <span style="{_SPECIAL}">special</span> <span style="{_SPEAKER}">▸speaker</span></div></div>')
 
-TokenView._repr_html_ = _html
+TokenView.html,TokenView._repr_html_ = _html,lambda self: self.html()
 
-# %% ../nbs/16_inspect.ipynb #881792a4
+# %% ../nbs/16_inspect.ipynb #5e9458ed
 def show_samples(
     ds, # tokenised rows
     tokenizer, # that made them
     n:int=1, # how many
+    seed:int=0, # of the draw
+    text_only:bool=False, # without colours and counts: `[trained]` and not
 ):
-    "Print the first samples, coloured by what is trained"
+    "Print some samples, drawn at random, coloured by what is trained"
+    import random
     from rich.console import Console
-    for i in range(min(n, len(ds))): Console().print(TokenView(ds[i], tokenizer), "")
+    for i in random.Random(seed).sample(range(len(ds)), min(n, len(ds))):
+        view = TokenView(ds[i], tokenizer, f"sample {i}")
+        if text_only: print(view)
+        else: Console().print(view, "")

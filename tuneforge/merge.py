@@ -55,7 +55,8 @@ def _with_adapter(cfg, folder, tokenizer):
 
 def _save(model, tokenizer, folder, out):
     "Write the merged model to `out`"
-    if (folder/"generation_config.json").is_file(): shutil.copy(folder/"generation_config.json", out)
+    for name in ("generation_config.json","golden_prompts.json"):
+        if (folder/name).is_file(): shutil.copy(folder/name, out)
     gen = type(model.generation_config).from_pretrained(out) if (out/"generation_config.json").is_file() else model.generation_config
     model.generation_config,model.config.use_cache = gen,True
     model.save_pretrained(out)

@@ -9,7 +9,7 @@ __all__ = ['total_steps', 'plan_run', 'PlanLoader', 'causal_loss', 'ForgeTrainer
            'stop_token_ids', 'make_trainer', 'step_tokens', 'train', 'save_run']
 
 # %% ../nbs/33_train.ipynb #4302daee
-import math,os,time
+import json,math,os,time
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from .adapters import add_adapter, check_new_tokens
 from .attention import check_isolation, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
-from .checkpoint import Run, resume_from
+from .checkpoint import Run, resume_from, write_text
 from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserError
 from .dataset import Prepared, prepare_data
 from .derive import accumulation, eval_rows, fixed_length, interval
@@ -239,7 +239,7 @@ def save_run(
     data:Prepared, # for the report
     result, # transformers' TrainOutput
 ) -> Run: # as written to `run.json`
-    "Write model or adapter, tokenizer, plot and manifest to `output_dir`"
+    "Write model or adapter, tokenizer, golden prompts, plot and manifest to `output_dir`"
     trainer.save_model()
     trainer.model.generation_config.save_pretrained(cfg.output_dir)
     done,plans = trainer.state.global_step,trainer.plans
@@ -247,6 +247,7 @@ def save_run(
         packing_efficiency=plans[0].efficiency, **(trainer.evaluate() if trainer.eval_loader else {}))
     run = Run(cfg.output_dir, cfg.model_dump(mode="json"), metrics, asdict(data.report), repr(plans[0]), trainer.state.log_history, trainer.model, trainer.processing_class)
     if trainer.args.should_save:
+        write_text(Path(cfg.output_dir)/"golden_prompts.json", json.dumps(data.golden, ensure_ascii=False, indent=1))
         plot_history(run.history, Path(cfg.output_dir)/"loss.png", Path(cfg.output_dir).name)
         run.save()
     return run
