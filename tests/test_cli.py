@@ -157,7 +157,9 @@ def test_wrong_type_of_field(d):
 def test_chat_message_without_content(d):
     write_jsonl(d/"chat.jsonl", [dict(messages=[dict(role="user", content="a"), dict(role="assistant")])])
     assert "chat.jsonl:1: messages[1].content is null" in mistake(d, data="chat.jsonl", type="chat_template")
-def test_unknown_format(d): assert "did you mean `alpaca`" in mistake(d, type="alpacca")
+def test_unknown_format(d): assert "c.yml:4:11: unknown `type: alpacca`, did you mean `alpaca`" in mistake(d, type="alpacca")
+def test_unknown_template(d): assert "c.yml:8:16: unknown `chat_template: lama3`, did you mean `llama3`" in mistake(d, type="chat_template", more="chat_template: lama3")
+def test_broken_template(d): assert "is no Jinja" in mistake(d, type="chat_template", more="chat_template_jinja: '{% if'")
 def test_nothing_left(d):
     said = mistake(d, more="sequence_len: 8")
     assert "nothing is left" in said and "3 longer than `sequence_len`" in said
@@ -179,6 +181,8 @@ def test_unknown_command(d):
     res = tuneforge("trian", "c.yml", cwd=d)
     assert res.returncode==2 and "did you mean `train`" in res.stderr
     assert "merge-lora" in tuneforge("sing", cwd=d).stderr
+    assert "config explain" in mistake(d, "explain", "lora_r") and "merge-lora" in mistake(d, "merge", "c.yml") and "check, show" in mistake(d, "config")
+    assert "before the options" in mistake(d, "train", "--lora-r", "8", "c.yml")
 
 
 def test_help_and_version(d):

@@ -46,7 +46,7 @@ def load(text, tmp_path, *overrides, **kw):
     ("special_tokens: {pad_tokn: x}", 6, 18, "did you mean `pad_token`"),
     ("special_tokens: <pad>", 6, 17, "should be a block of keys"),
     ("model_type: X\ntype_of_model: X", 6, 1, "another name of `type_of_model`"),
-    ("rope_scaling: {type: linear}", 6, 1, "put it under `overrides_of_model_config`"),
+    ("rope_scaling: {type: linear}", 6, 1, "`rope_scaling` is no more"),
     ("trl: {beta: 1}", 6, 1, "tuneforge does not serve it"),
     ("base_model:", 6, 1, "given twice"),
     ("field_messages: x", 6, 1, "valid under `datasets[]`"),
@@ -58,6 +58,14 @@ def load(text, tmp_path, *overrides, **kw):
     ("test_datasets:\n  - x.jsonl", 7, 5, "should be a block of `key: value` lines"),
     ("test_datasets: {path: x.jsonl}", 6, 16, "a list entry begins with `- `"),
     ("kind: x", 6, 1, "unknown key `kind`"),
+    ("lora_alpha: true", 6, 13, "`lora_alpha` is true, but should be a whole number over 0"),
+    ("1: 2", 6, 1, "unknown key `1`"),
+    ("num_epochs: .inf", 6, 13, "should be a number over 0"),
+    ("seed: -1", 6, 7, "should be a whole number 0 or more"),
+    ("val_set_size: 1.5", 6, 1, "neither a fraction nor a number of rows"),
+    ("adapter: lora\nlora_target_modules: q_proj, v_proj", 7, 1, "write [q_proj, v_proj]"),
+    ("max_seq_length: 5", 6, 1, "did you mean `sequence_len`"),
+    ("lora_mlp_kernel: true", 6, 1, "tuneforge does not serve it"),
     ("  - {path: x, kind: kto}", 5, 15, "unknown key `kind`"),
 ])
 def test_problem_has_its_place(line, line_no, column, says, tmp_path):
@@ -69,7 +77,7 @@ def test_problem_has_its_place(line, line_no, column, says, tmp_path):
 
 
 @pytest.mark.parametrize("line", ["adapter: lora\nlora_target_linear: true\nlora_r: 4", "val_set_size: 0.1\neval_steps: 5", "deepspeed:", "wandb_project: ''", "wandb_mode: ''", "adapter: qlora\nload_in_4bit: yes\nlora_target_modules: [q_proj]",
-    "lora_fan_in_fan_out:", "bf16: true", "flash_attention: on", "save_strategy: no", "save_strategy: \"no\"", "group_by_length: false", "evals_per_epoch: 4", "hf_use_auth_token: false", "loraplus_lr_embedding:", "save_steps: 0.25", "num_epochs: 2"])
+    "lora_fan_in_fan_out:", "bf16: true", "flash_attention: on", "save_strategy: no", "save_strategy: \"no\"", "group_by_length: false", "evals_per_epoch: 4", "hf_use_auth_token: false", "loraplus_lr_embedding:", "save_steps: 0.25", "num_epochs: 2", "save_strategy: off", "eval_strategy: false", "x-defaults: &d {lora_r: 4}", "x-more:"])
 def test_sound_configs_pass(line, tmp_path): assert load(GOOD+line+"\n", tmp_path).base_model=="tiny:llama"
 
 
@@ -156,7 +164,7 @@ def test_what_is_not_built_is_refused_and_what_is_off_is_not(tmp_path):
 
 
 def test_tables_name_keys_that_exist():
-    names = {k.split("=")[0].split(".")[-1] for k in NOT_YET} | set(HARMLESS) | {v for k, v in RENAMED.items()}
+    names = {k.split("=")[0].split(".")[-1] for k in (*NOT_YET, *HARMLESS)} | {v for k, v in RENAMED.items()}
     assert names <= set(KEYS) | set(ENTRY) | set(SpecialTokens.model_fields)
     assert not (set(RENAMED) | set(MOVED)) & set(KEYS)
 
@@ -187,7 +195,7 @@ def test_the_kind_of_an_entry_follows_from_the_mode(tmp_path):
     pair = dict(base_model="x", learning_rate=1, datasets=[dict(path="y", field_chosen="good")])
     assert isinstance(load_config(pair | dict(rl="dpo"), planned=True).datasets[0], PreferenceDataset)
     with pytest.raises(ConfigError, match="unknown key `field_chosen`"): load_config(pair)
-    with pytest.raises(ConfigError, match="unknown key `train_on_eos`"): load_config(pair | dict(rl="dpo", datasets=[dict(path="y", train_on_eos="turn")]), planned=True)
+    with pytest.raises(ConfigError, match="unknown key `train_on_eos`.*preference pairs"): load_config(pair | dict(rl="dpo", datasets=[dict(path="y", train_on_eos="turn")]), planned=True)
     with pytest.raises(ConfigError, match="`datasets\\[0\\].train_on_eos` is 'bogus'"): load_config(pair | dict(datasets=[dict(path="y", type="chat_template", train_on_eos="bogus", field="x")]))
     assert load_config(pair | dict(datasets=[dict(path="y", name=["a", "b"])])).datasets[0].name==["a", "b"]
 
@@ -205,9 +213,19 @@ def test_overrides_mean_what_the_file_means(tmp_path):
 
 
 @pytest.mark.parametrize("args, says", [(["--micro-batch-size", "2", "--lora-rr", "8"], "on the command line, argument 3: unknown key `lora_rr`, did you mean `lora_r`"), (["--micro-batch-size", "two"], "argument 1: `micro_batch_size` is 'two', but should be a whole number"),
-    (["--datasets.5.path", "x"], "argument 1: there is no `datasets.5`"), (["--base-model.x", "1", "--datasets.0.pth", "x"], "unknown key `pth`"), (["lora_r", "8"], "argument 1: expected an option"), (["--seed", "[1"], "argument 1: '[1': this is not valid YAML")])
+    (["--datasets.5.path", "x"], "argument 1: there is no `datasets.5`: `datasets` has 1 entries"), (["--learning-rate"], "argument 1: `--learning-rate` needs a value: a number over 0"), (["--datasets[0].pth", "x"], "argument 1: unknown key `pth`"),
+    (["--datasets.0.path.foo", "x"], "argument 1: there is no `datasets.0.path.foo`"), (["--extends", "x.yml"], "argument 1: `extends` belongs into a file"), (["--.lora_r", "8"], "argument 1: '--.lora_r' names no key"), (["--lora.r", "8"], "argument 1: unknown key `lora`"), (["--lora-target-modules.0", "q"], "argument 1: `lora_target_modules` is"), (["--base-model.x", "1", "--datasets.0.pth", "x"], "unknown key `pth`"), (["lora_r", "8"], "argument 1: expected an option"), (["--seed", "[1"], "argument 1: '[1': this is not valid YAML")])
 def test_override_mistakes_are_placed_by_argument(args, says, tmp_path):
     assert any(says in str(p) for p in problems(GOOD, tmp_path, *args)), problems(GOOD, tmp_path, *args)
+
+
+def test_datasets_can_be_added(tmp_path): assert [e.path for e in load(GOOD, tmp_path, "--datasets.1.path", "more.jsonl").datasets]==["train.jsonl", "more.jsonl"]
+
+
+def test_an_override_wins_under_either_name(tmp_path):
+    assert load(GOOD+"model_type: A\n", tmp_path, "--type-of-model", "B").type_of_model=="B"
+    assert load(GOOD+"type_of_model: A\n", tmp_path, "--model-type", "B").type_of_model=="B"
+    assert "another name" in str(problems(GOOD+"type_of_model: A\nmodel_type: B\n", tmp_path)[0])
 
 
 def test_strict_allows_no_new_keys(tmp_path):
@@ -241,7 +259,7 @@ def test_circles_and_missing_bases(tmp_path):
     (tmp_path/"b.yml").write_text("extends: 3\n")
     with pytest.raises(ConfigError, match="`extends` is 3, but should be a file"): load_config(tmp_path/"a.yml")
     (tmp_path/"b.yml").write_text("extends: gone.yml\n")
-    with pytest.raises(UserError, match="no config file"): load_config(tmp_path/"a.yml")
+    with pytest.raises(ConfigError, match="b.yml:1:10: no config file"): load_config(tmp_path/"a.yml")
 
 
 def test_folders(tmp_path):
@@ -273,8 +291,32 @@ def test_python_and_yaml_say_the_same(tmp_path):
         assert len(set(said))==1
 
 
-def test_frozen_copied_pickled(tmp_path):
+def test_calls_people_try(tmp_path):
+    import numpy as np
     cfg = load(GOOD, tmp_path)
+    assert cfg.replace(learning_rate=np.float64(2e-4), seed=np.int64(3)).learning_rate==2e-4 and load_config(cfg, "--seed 5").seed==5
+    for bad, says in [(lambda: Config(str(tmp_path/"c.yml")), "load_config"), (lambda: load_config(tmp_path/"c.yml", dict(lora_r=4)), "are keywords"), (lambda: load_config(None), "a config is a file")]:
+        with pytest.raises(TypeError, match=says): bad()
+    for bad, says in [(lambda: load_config([]), "name a config"), (lambda: load_config("s3://a/b.yml"), "https address"), (lambda: cfg.where("lora_rr"), "did you mean `lora_r`")]:
+        with pytest.raises(UserError, match=says): bad()
+    assert cfg.where("datasets[0].path")==cfg.where("datasets.0.path")==cfg.where("datasets", 0, "path") and cfg.where("datasets[0].path").endswith("c.yml:3")
+    cfg.save(tmp_path/"new"/"folder"/"c.yml")
+    assert "Python, key 1: unknown key `nope`" in str(pytest.raises(ConfigError, load_config, [tmp_path/"c.yml", dict(nope=1)]).value)
+    (tmp_path/"big.yml").write_text("# "+"x"*2**21)
+    with pytest.raises(UserError, match="larger than"): load_config(tmp_path/"big.yml")
+    (tmp_path/"empty.yml").write_text("")
+    assert all(p.mark.file.endswith("empty.yml") for p in pytest.raises(ConfigError, load_config, tmp_path/"empty.yml").value.problems)
+
+
+def test_text_with_a_dollar_stays(tmp_path):
+    load(GOOD, tmp_path).replace(output_dir="${HOME}/x").save(tmp_path/"d.yml")
+    assert load_config(tmp_path/"d.yml").output_dir=="${HOME}/x"
+
+
+def test_frozen_copied_pickled(tmp_path):
+    cfg = load(GOOD+"lora_target_modules: [a]\nadapter: lora\n", tmp_path)
+    for change in (lambda: cfg.datasets.append(1), lambda: cfg.lora_target_modules.extend(["b"]), lambda: setattr(cfg.datasets[0], "path", "x"), lambda: cfg.datasets.__setitem__(0, 1)):
+        with pytest.raises(AttributeError, match="frozen"): change()
     with pytest.raises(Exception, match="frozen"): cfg.seed = 1
     for twin in (copy.deepcopy(cfg), pickle.loads(pickle.dumps(cfg))): assert twin==cfg and twin.where("learning_rate")==cfg.where("learning_rate")
     assert cfg.replace(seed=3).seed==3 and cfg.seed==42

@@ -199,7 +199,7 @@ def test_registered_functions():
     assert encode_rows([dict(q="Q?", a="A.")], dict(type="test:own"), tok)==[by_hand(tok, "Q?", "A.")]
 
 
-@pytest.mark.parametrize("entry, says", [(dict(type="alpacca"), "did you mean `alpaca`"), (dict(type=dict(formt="x")), "no key `formt`"), (dict(type=dict(format="{instuction}")), "has a place {instuction}"), (dict(feild="x"), "`feild`: this is no key"), (dict(train_on_eos="maybe"), "train_on_eos")])
+@pytest.mark.parametrize("entry, says", [(dict(type="alpacca"), "did you mean `alpaca`"), (dict(type=dict(formt="x")), "unknown key `formt` under `datasets.0..type`, did you mean `format`"), (dict(type=dict(format="{instuction}")), "has a place {instuction}"), (dict(feild="x"), "unknown key `feild` under `datasets.0.`, did you mean `field`"), (dict(train_on_eos="maybe"), "train_on_eos")])
 def test_entries_that_are_not_valid(entry, says):
     with pytest.raises(UserError, match=says): encode_rows([ROW], entry, tokenizer())
 

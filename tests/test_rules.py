@@ -85,6 +85,8 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "tokenizers_are_fast": (dict(tokenizer_use_fast=False), "only fast tokenizers", dict(tokenizer_use_fast=True)),
     "offloaded_states_are_whole": (dict(fsdp=["full_shard"], fsdp_config=dict(offload_params=True), optimizer="adamw_bnb_8bit"), "whole states", dict(fsdp=["full_shard"], fsdp_config=dict(offload_params=True))),
     "cut_loss_is_half_precision": (dict(cut_cross_entropy=True, float32=True), "remove `float32`", dict(cut_cross_entropy=True)),
+    "rows_are_whole": (dict(val_set_size=1.5), "neither a fraction", dict(val_set_size=2)),
+    "keys_for_conversations": (dict(eot_tokens=["x"]), "no effect without conversations", dict(eot_tokens=["x"], datasets=[CHAT])),
     "needs_moments": (dict(optimizer="adafactor", adam_beta1=0.8), "no effect with `optimizer: adafactor`", dict(adam_beta1=0.8)),
 }
 ALSO = [ # further branches of the same rules

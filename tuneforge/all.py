@@ -8,9 +8,12 @@ Docs: https://tuneforge.github.io/tuneforge/all.html.md"""
 __all__ = []
 
 # %% ../nbs/59_all.ipynb #574ac1b0
-import logging,warnings
+import logging,sys,warnings
+from fastcore.imports import in_ipython as _in_ipython
+from transformers.utils.logging import disable_progress_bar as _quiet
 for _name in ("transformers","peft","accelerate"): logging.getLogger(_name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+if not sys.stderr.isatty() and not _in_ipython(): _quiet() # a bar in a log file is a page of noise
 
 # %% ../nbs/59_all.ipynb #f6882e2d
 from .document import UserError, ConfigError

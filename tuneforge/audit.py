@@ -69,7 +69,7 @@ class Audit:
 def _shares(counts, by):
     import pandas as pd
     df = pd.DataFrame([(*k, *v) for k,v in counts.items()], columns=["role","turn","tokens","trained"])
-    df = df[df.turn>=0] if by=="turn" else df
+    df = df[df.turn>=0].assign(turn=df.turn+1) if by=="turn" else df
     df = df.groupby(by)[["tokens","trained"]].sum()
     return df.assign(share=(df.trained/df.tokens.clip(lower=1)).round(3))
 

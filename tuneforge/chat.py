@@ -6,15 +6,17 @@ Docs: https://tuneforge.github.io/tuneforge/chat.html.md"""
 
 # %% auto #0
 __all__ = ['TAGS', 'ROLES', 'render_all', 'render', 'Marks', 'Extent', 'ChatTemplate', 'Turn', 'find_turns', 'Conversation',
-           'role_names', 'split_thinking', 'to_messages', 'trained_messages', 'chat_segments', 'chat_template']
+           'role_names', 'split_thinking', 'to_messages', 'trained_messages', 'chat_segments', 'chat_template',
+           'check_formats']
 
 # %% ../nbs/12_chat.ipynb #dfce8bea
 import json,re
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
-from .config import DatasetOptions, UserError, log
-from .prompts import FORMATS, PromptFormat, Segment, kind, need, register
+from .config import Config, DatasetOptions, log
+from .document import ConfigError, Problem, UserError
+from .prompts import FORMATS, PromptFormat, Segment, find_format, kind, need, register
 from .templates import TEMPLATES, resolve_template
 
 # %% ../nbs/12_chat.ipynb #2c5c183a
@@ -529,6 +531,8 @@ def chat_template(
     if not jinja: raise UserError(f"datasets: {opts.path}: the tokenizer has no chat template: give `chat_template`, such as chatml")
     eos = tokenizer.eos_token
     template = ChatTemplate(jinja, tokenizer.special_tokens_map | (opts.chat_template_kwargs or {}), [*([eos] if eos else []), *(opts.eot_tokens or [])])
+    if eos in (opts.eot_tokens or []) and opts.train_on_eot not in (None, opts.train_on_eos):
+        raise UserError(f"datasets: {opts.path}: {eos} is the EOS token, so `train_on_eos: {opts.train_on_eos}` and `train_on_eot: {opts.train_on_eot}` contradict each other: take it out of `eot_tokens`")
     for t in opts.eot_tokens or []:
         if t not in jinja: log.warning(f"datasets: {opts.path}: the chat template doesn't write {t!r} of `eot_tokens`")
         if len(tokenizer(t, add_special_tokens=False).input_ids)!=1: raise UserError(f"`eot_tokens`: {t!r} is not one token of this tokenizer")
@@ -563,3 +567,24 @@ def _weighted(row, opts):
 
 register("sharegpt")(_sharegpt)
 for _n in ("messages","messages.chat"): register(_n)(_internal)
+
+# %% ../nbs/12_chat.ipynb #c4ec0f02
+def _template_fault(where):
+    "What is wrong with the template that an entry, or the whole config, names"
+    from jinja2 import Environment, TemplateSyntaxError
+    try: text = resolve_template(where.chat_template, where.chat_template_jinja, "tokenizer's own")
+    except UserError as e: return str(e)
+    try: Environment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text or ""))
+    except TemplateSyntaxError as e: return f"this chat template is no Jinja: {e.message} (line {e.lineno} of the template)"
+
+def check_formats(
+    cfg:Config, # all options
+):
+    "Raise `ConfigError` for formats and templates that don't exist, each with its place"
+    found,entries = [],[((n,i), e) for n in ("datasets","test_datasets") for i,e in enumerate(getattr(cfg, n) or []) if e.kind=="supervised"]
+    for path,e in entries:
+        try: isinstance(e.type, str) and find_format(e.type)
+        except UserError as err: found.append(Problem(str(err), path+("type",), "value"))
+    for path,o in [((), cfg), *entries]:
+        if said := _template_fault(o): found.append(Problem(said, path+("chat_template_jinja" if o.chat_template_jinja else "chat_template",), "value"))
+    if found: raise ConfigError([cfg.place(p) for p in found])

@@ -6,14 +6,14 @@ Docs: https://tuneforge.github.io/tuneforge/cli.html.md"""
 
 # %% auto #0
 __all__ = ['COMMANDS', 'preprocess', 'preview', 'train', 'merge_lora', 'evaluate', 'inference', 'fetch', 'quickstart',
-           'config_check', 'config_show', 'config_explain', 'config_schema', 'config_new', 'help_text', 'run_command',
-           'main']
+           'config_check', 'config_show', 'config_explain', 'config_schema', 'config_new', 'help_text',
+           'unknown_command', 'run_command', 'main']
 
 # %% ../nbs/60_cli.ipynb #256afd47
 import inspect,json,logging,os,shutil,sys
 from pathlib import Path
 from . import __version__
-from .document import UserError, did_you_mean
+from .document import ConfigError, UserError, nearest
 
 # %% ../nbs/60_cli.ipynb #247d9a21
 def preprocess(
@@ -35,6 +35,7 @@ def preprocess(
         print(f"{e.path}: inference and training differ in {len(differ):,} of {n:,} rows", *differ, sep="\n  ")
     print(data)
 
+# %% ../nbs/60_cli.ipynb #e525bb45
 def preview(
     cfg, # the run's `Config`
     row:str=None, # one row: `12`, or `2:12` for row 12 of the second dataset
@@ -136,7 +137,9 @@ def config_check(
 ):
     "Find everything that is wrong with a config"
     from tuneforge.config import load_config
+    from tuneforge.chat import check_formats
     cfg = load_config(configs, overrides) # says its notes itself
+    check_formats(cfg)
     print(f"{', '.join(configs)}: {len(cfg.explicit())} keys, nothing wrong")
 
 def config_show(
@@ -148,8 +151,10 @@ def config_show(
     "What a config comes to, and where each value comes from"
     from rich.console import Console
     from tuneforge.config import load_config
-    from tuneforge.explain import config_table
-    Console(width=None if sys.stdout.isatty() else 160).print(config_table(load_config(configs, overrides, planned=True), resolved, diff))
+    from tuneforge.explain import config_lines, config_rows, config_table
+    cfg = load_config(configs, overrides, planned=True)
+    if sys.stdout.isatty(): Console().print(config_table(cfg, resolved, diff))
+    else: print(config_lines(config_rows(cfg, resolved, diff)))
 
 # %% ../nbs/60_cli.ipynb #b3d57da6
 def config_explain(
@@ -171,6 +176,7 @@ def config_new(
     "Ask a few questions, and write a first config"
     from tuneforge.explain import ask_new
     if Path(out).exists(): raise UserError(f"{out} is there already: name another file with --out")
+    if not Path(out).resolve().parent.is_dir(): raise UserError(f"there is no folder {Path(out).parent}")
     Path(out).write_text(str(ask_new()), encoding="utf-8")
     print(f"{out}: look it through, then: tuneforge train {out}")
 
@@ -210,6 +216,22 @@ def _numbers(args, rest):
         res.append(at)
     return res
 
+def _checked(cfg):
+    "A config whose formats and templates exist, too"
+    from tuneforge.chat import check_formats
+    check_formats(cfg)
+    return cfg
+
+def unknown_command(
+    args:list[str], # of the command line
+) -> str: # the message
+    "What to say of a command that there isn't"
+    if args[0]=="config": return "tuneforge config needs one of " + ", ".join(n.split()[1] for n in COMMANDS if n.startswith("config "))
+    words = {n: n for n in COMMANDS} | {n.replace(" ", "-").split("-")[-1]: n for n in COMMANDS} | {n.split("-")[0]: n for n in COMMANDS if "-" in n}
+    near = [f"`{words[w]}`" for w in nearest(args[0], words)]
+    return f"there is no command {args[0]!r}"+(f", did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(COMMANDS)}")
+
+# %% ../nbs/60_cli.ipynb #6fb50ccb
 def run_command(
     name:str, # a key of `COMMANDS`
     args:list[str], # what follows it
@@ -220,12 +242,13 @@ def run_command(
     known,rest = _parser(name, f).parse_known_args(args)
     kw,takes = vars(known),_takes(f)
     n = next((i for i,r in enumerate(rest) if r.startswith("--")), len(rest))
+    if "keys" in takes: return f(keys=rest, **kw)
     words,options = rest[:n],parse_overrides(rest[n:], [i+skip for i in _numbers(args, rest)[n:]])
-    if ("cfg" in takes or "configs" in takes) and not words: raise UserError(f"name a config: tuneforge {name} lora.yml")
-    if "cfg" in takes: return f(cfg=load_config(words, options), **kw)
+    if ("cfg" in takes or "configs" in takes) and not words: raise UserError(f"name a config, before the options: tuneforge {name} lora.yml"+(" --lora-r 8" if rest else ""))
+    if "cfg" in takes: return f(cfg=_checked(load_config(words, options)), **kw)
     if "configs" in takes: return f(configs=words, overrides=options, **kw)
-    if options or words and "keys" not in takes: raise UserError(f"`tuneforge {name}` takes no {(words+rest[n:])[0]!r}: see tuneforge {name} --help")
-    return f(**kw, **(dict(keys=words) if "keys" in takes else {}))
+    if rest: raise UserError(f"`tuneforge {name}` takes no {rest[0]!r}: see tuneforge {name} --help")
+    return f(**kw)
 
 # %% ../nbs/60_cli.ipynb #65862c3b
 def main(
@@ -238,18 +261,23 @@ def main(
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # idle threads must not spin: on a shared CPU that is 20 times slower
-    if not args or args[0] in ("--help","-h","help"): return print(help_text()) or 0
-    if args[0] in ("--version","-V"): return print(__version__) or 0
+    if not sys.stderr.isatty(): os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1") # a bar in a log file is a page of noise
     try:
+        if not args or args[0] in ("--help","-h","help"): return print(help_text()) or 0
+        if args[0] in ("--version","-V"): return print(__version__) or 0
         name = next((n for n in (" ".join(args[:2]), args[0]) if n in COMMANDS), None)
-        if name is None: raise UserError(f"there is no command {args[0]!r}"+(did_you_mean(args[0], COMMANDS) or f"; there are {', '.join(COMMANDS)}"))
+        if name is None: raise UserError(unknown_command(args))
         run_command(name, args[len(name.split()):])
     except UserError as e:
         if trace: raise
-        print(f"tuneforge: {e}", file=sys.stderr)
+        n = len(e.problems) if isinstance(e, ConfigError) else 1
+        print(f"{e}\ntuneforge: {n} problems" if n>1 else f"tuneforge: {e}", file=sys.stderr)
         return 2
     except EOFError:
         print("tuneforge: the input ended before all questions were answered", file=sys.stderr)
         return 2
+    except BrokenPipeError: # such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt: return print("stopped", file=sys.stderr) or 130
     return 0

@@ -9,7 +9,7 @@ __all__ = ['log', 'PLACES', 'groups_in', 'group_at', 'field_names', 'dotted', 'u
            'parse_overrides', 'read_document', 'read_merged', 'load_config']
 
 # %% ../nbs/05_config.ipynb #bd35fe87
-import logging,os
+import logging,os,shlex
 from copy import deepcopy
 from html import escape
 from pathlib import Path
@@ -20,8 +20,8 @@ from pydantic import PrivateAttr, SecretStr, ValidationError
 from .derive import accumulation, derived, interval
 from .document import ConfigError, Document, Mark, Problem, UserError, did_you_mean, nearest, one_slip
 from .options import *
-from .options import ELSEWHERE, HARMLESS, MOVED, NOT_YET, RENAMED
-from .remote import fetch_text, is_url
+from .options import ELSEWHERE, HARMLESS, MOVED, NOT_YET, RENAMED, SYNONYMS
+from .remote import MAX_BYTES, fetch_text, is_url
 from .rules import NOTES, OFF, check_rules
 
 # %% ../nbs/05_config.ipynb #efc0da31
@@ -82,10 +82,12 @@ def unknown_key(
 ) -> str: # the message
     "What to say of a `key` that is not valid under `path`: the nearest valid key, or where else it would be valid"
     said = f"unknown key `{key}`"+(f" under `{dotted(path)}`" if path else "")
+    if group in (PreferenceDataset,KtoDataset) and key in field_names(DatasetOptions): return f"{said}: this run trains on {'judged answers' if group is KtoDataset else 'preference pairs'} (`rl`), whose entries have no such key"
     homes = [_where(p) for p,g in PLACES.items() if key in field_names(g) and g is not group]
     slip = [n for n in nearest(key, field_names(group)) if one_slip(key, n)]
     if homes: return f"{said}: it is {homes[0]}"+f", or did you mean `{' or '.join(slip)}`?"*bool(slip)
     if key in ELSEWHERE and not path: return f"`{key}` is Axolotl's, and tuneforge does not serve it: {ELSEWHERE[key]}"
+    if key in SYNONYMS and not path: return f"{said}, did you mean `{SYNONYMS[key]}`?"
     names = field_names(group) + [o.split(".")[-1] for o in RENAMED if ("." in o)==bool(path)]
     if near := did_you_mean(key, names): return said+near
     far = [(n,p) for p,g in PLACES.items() for n in nearest(key, field_names(g))]
@@ -98,7 +100,7 @@ class _Passes:
         self.doc,self.values = doc,deepcopy(doc.value)
         self.problems,self.notes,self.origin = list(doc.problems),[],{} # origin: today's path -> path in the file
     def run(self, planned:bool):
-        for step in (self.rename, self.moved, self.kinds, self.texts, self.blanks, self.harmless): step()
+        for step in (self.strange, self.rename, self.moved, self.kinds, self.texts, self.blanks, self.booleans, self.harmless): step()
         if not planned: self.unsupported()
         return self
     def entries(self):
@@ -115,13 +117,27 @@ class _Passes:
 
 # %% ../nbs/05_config.ipynb #2c741ae8
 @patch
+def strange(self:_Passes):
+    "Drop keys that are the author's own, and those that cannot be keys"
+    for k in [k for k in self.values if isinstance(k, str) and k.startswith("x-")]: del self.values[k]
+    for path,e,_ in list(self.entries()):
+        for k in [k for k in e if not isinstance(k, str)]:
+            self.problems.append(Problem(f"unknown key `{k}`"+(f" under `{dotted(path)}`" if path else ""), path+(k,)))
+            del e[k]
+
+@patch
 def rename(self:_Passes):
-    "Give old keys their present names"
+    "Give old keys their present names; what the command line says wins under either name"
+    laid_over = lambda p: (m := self.doc.keys.get(p)) is not None and m.column==0
     for path,e,_ in list(self.entries()):
         prefix = "datasets." if path[:1]!=("special_tokens",) and path else ""
         for old,new in [(k.removeprefix(prefix),v) for k,v in RENAMED.items() if k.startswith("datasets.")==bool(prefix)]:
             if old not in e: continue
-            if new in e: self.problems.append(Problem(f"`{old}` is another name of `{new}`, which is given too", path+(old,)))
+            if new in e and laid_over(path+(new,)) and not laid_over(path+(old,)):
+                del e[old]
+                continue
+            if new in e and laid_over(path+(old,)) and not laid_over(path+(new,)): e[new] = e[old]
+            elif new in e: self.problems.append(Problem(f"`{old}` is another name of `{new}`, which is given too", path+(old,)))
             else: e[new] = e[old]
             del e[old]
             self.origin[path+(new,)] = path+(old,)
@@ -161,7 +177,19 @@ def texts(self:_Passes):
             f,at = group.model_fields.get(k),self.origin.get(path+(k,), path+(k,))
             if f is None: continue
             text = lambda v,p,t: self.doc.raw[p] if p in self.doc.raw and not isinstance(v, (str,NoneType)) and _takes(t, str) and not _takes(t, type(v)) else v
+            if v is False and "no" in _literals(f.annotation): e[k] = v = "no"
             e[k] = [text(o, at+(i,), _items(f.annotation)) for i,o in enumerate(v)] if isinstance(v, list) else text(v, at, f.annotation)
+
+# %% ../nbs/05_config.ipynb #60b245d7
+@patch
+def booleans(self:_Passes):
+    "Refuse true and false where a number is wanted"
+    for path,e,group in self.entries():
+        for k in [k for k,v in e.items() if isinstance(v, bool) and (f := group.model_fields.get(k)) and not _takes(f.annotation, bool) and (_takes(f.annotation, int) or _takes(f.annotation, float))]:
+            wanted,p = type_in_words(group.model_fields[k].annotation, group.model_fields[k].metadata),path+(k,)
+            forgotten = (m := self.doc.keys.get(p)) is not None and m.text.startswith("--") and "=" not in m.text
+            self.problems.append(Problem(f"`{m.text}` needs a value: {wanted}" if forgotten else f"`{dotted(p)}` is {str(e.pop(k)).lower()}, but should be {wanted}", p, "value"))
+            e.pop(k, None)
 
 # %% ../nbs/05_config.ipynb #a6ee381c
 def _takes_null(f): return _takes(f.annotation, NoneType)
@@ -205,13 +233,13 @@ def unsupported(self:_Passes):
             self.problems.append(Problem(f"{said} is known, but not supported yet: {advice}", path+(k,)))
 
 # %% ../nbs/05_config.ipynb #b6abeb75
-def _path_of(loc, values):
-    "The path in the file of an error's `loc`"
-    node,path = values,()
+def _path_of(e, values):
+    "The path in the file of an error"
+    node,path,loc = values,(),e["loc"]
     for i,k in enumerate(loc):
         inside = isinstance(node, dict) and k in node or isinstance(node, list) and isinstance(k, int) and k<len(node)
         if inside: node,path = node[k],path+(k,)
-        elif i==len(loc)-1 and isinstance(node, dict): return path+(k,) # a key that is missing
+        elif i==len(loc)-1 and e["type"]=="missing": return path+(k,)
     return path
 
 def _shown(v): return s if len(s := repr(v))<60 else s[:57]+"…"
@@ -230,7 +258,7 @@ def _literals(t): return get_args(t) if get_origin(t) is Literal else [o for a i
 # %% ../nbs/05_config.ipynb #5a4a34e5
 def _say(e, values):
     "An error of pydantic's as a `Problem`"
-    path = _path_of(e["loc"], values)
+    path = _path_of(e, values)
     group,name,key = group_at(path[:-1], values),dotted(path),path[-1] if path else ""
     f = group.model_fields.get(key) if group else None
     if e["type"]=="extra_forbidden": return Problem(unknown_key(key, path[:-1], group), path)
@@ -248,7 +276,7 @@ def in_words(
 ) -> list[Problem]: # one for each place
     "Everything that pydantic found, each place once"
     found = {}
-    for o in e.errors(include_url=False): found.setdefault(_path_of(o["loc"], values), _say(o, values))
+    for o in e.errors(include_url=False): found.setdefault(_path_of(o, values), _say(o, values))
     meant = lambda p: any(f"did you mean `{p[-1]}`" in o.message for q,o in found.items() if q[:-1]==p[:-1]) # the missing key is there, misspelt
     return [o for p,o in found.items() if not (" is missing: " in o.message and meant(p))]
 
@@ -267,10 +295,11 @@ class Config(AllOptions):
         _planned:bool=False, # let pass what is not built yet
         /, **values # options
     ):
+        if _doc is not None and not isinstance(_doc, Document): raise TypeError("Config takes keywords: Config(base_model=…); a file is read with load_config")
         p = _Passes(_doc or Document.of({k: _plain(v) for k,v in values.items()})).run(_planned)
         try: super().__init__(**p.values)
         except ValidationError as e: problems = in_words(e, p.values)
-        else: problems = check_rules(self)
+        else: problems = [o for o in check_rules(self) if o.path not in {q.path for q in p.problems}] # what is refused anyway needs no more advice
         if problems+p.problems: raise ConfigError([p.place(o) for o in p.problems+problems])
         self._doc,self._planned,self._notes = p.doc,_planned,[p.place(o) for o in p.notes+check_rules(self, NOTES)]
         for o in self.notes: log.warning(o)
@@ -285,20 +314,35 @@ def _plain(v):
     if isinstance(v, Options): return {k: _plain(o) for k,o in v.explicit().items()}
     if isinstance(v, (list,tuple)): return [_plain(o) for o in v]
     if isinstance(v, dict): return {k: _plain(o) for k,o in v.items()}
+    if type(v).__module__=="numpy": return v.tolist() # sweeps are made of NumPy's numbers
     return v.get_secret_value() if isinstance(v, SecretStr) else str(v) if isinstance(v, Path) else v
 
 # %% ../nbs/05_config.ipynb #6f1408a4
+def _path(text):
+    "Keys and indices of a path as text"
+    return tuple(int(o) if o.isdigit() else o for o in text.replace("[", ".").replace("]", "").split("."))
+
 @patch
 def where(
     self:Config, # a config
-    *path, # keys and indices, such as `"datasets", 0, "path"`
+    *path, # keys and indices, such as `"datasets", 0, "path"`, or text
 ) -> str: # file:line, the command line's argument, how it was derived, or `default`
-    "Where a value comes from"
+    "Where a value comes from. Raises `UserError` for a key that there isn't."
+    path = _path(path[0]) if len(path)==1 else path
+    if not path or path[0] not in AllOptions.model_fields: raise UserError(unknown_key(path[0] if path else ""))
     old = {v: k for k,v in RENAMED.items()}
     for p in (path, path[:-1]+(old.get(path[-1], path[-1]),)):
         if p in self._doc.keys: return self._doc.keys[p].short()
     if path[0] in self.model_fields_set: return next((self._doc.keys[path[:i]].short() for i in range(len(path)-1, 0, -1) if path[:i] in self._doc.keys), "Python")
-    return derived(self)[path[0]][1] if path[0] in derived(self) else "default"
+    return f"derived: {derived(self)[path[0]][1]}" if path[0] in derived(self) else "default"
+
+@patch
+def place(
+    self:Config, # a config
+    p:Problem, # with a path
+) -> Problem: # with a mark, if it was read from a file
+    "Give a problem its place in the file"
+    return self._doc.place(p)
 
 @patch
 def replace(
@@ -321,7 +365,7 @@ def rows(
     given = sorted(self.model_fields_set, key=self._order)
     res = [(name, v, self.where(*path)) for k in given for name,v,path in _leaves(k, getattr(self, k), (k,)) if k not in derived(self)]
     if resolved or all: res += [(k, v, f"derived: {why}") for k,(v,why) in derived(self).items()]
-    return res + [(k, getattr(self, k), "default") for k in type(self).model_fields if all and k not in self.model_fields_set and k not in derived(self)]
+    return res + [(k, getattr(self, k), "default") for k in type(self).model_fields if all and k not in self.model_fields_set and k not in derived(self) and k not in NOT_YET]
 
 @patch
 def _order(self:Config, key):
@@ -341,17 +385,26 @@ def _repr_html_(self:Config):
     return "<table>"+"".join(line(*r) for r in self.rows(resolved=True))+"</table>"
 
 # %% ../nbs/05_config.ipynb #996abf80
+def _quoted(v):
+    "Values whose `${` is meant literally, in quotes that keep it"
+    from ruamel.yaml.scalarstring import SingleQuotedScalarString
+    if isinstance(v, dict): return {k: _quoted(o) for k,o in v.items()}
+    if isinstance(v, list): return [_quoted(o) for o in v]
+    return SingleQuotedScalarString(v) if isinstance(v, str) and "${" in v else v
+
 def _lay(node, value, had):
     "Bring ruamel's `node` from `had` to `value`, touching nothing that stays"
     for k in [k for k in had if k not in value]: del node[k]
     for k,v in value.items():
         if k in had and had[k]==v: continue
+        v = _quoted(v)
         if isinstance(v, dict) and isinstance(had.get(k), dict) and k in node: _lay(node[k], v, had[k])
         elif isinstance(v, list) and isinstance(had.get(k), list) and len(v)==len(had[k]):
             pairs = lambda o: dict(enumerate(o))
             _lay(node[k], pairs(v), pairs(had[k]))
         else: node[k] = v
 
+# %% ../nbs/05_config.ipynb #c2fb35ed
 @patch
 def to_yaml(
     self:Config, # a config
@@ -377,7 +430,8 @@ def save(
     self:Config, # a config
     path:str|Path, # YAML file
 ):
-    "Write `to_yaml` to a file"
+    "Write `to_yaml` to a file; folders above it are made"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
 # %% ../nbs/05_config.ipynb #1c07733d
@@ -389,10 +443,11 @@ class Override:
         number:int, # of the argument, from 1
     ):
         self.mark = Mark("on the command line, argument", number, 0, arg)
-        if not arg.startswith("--") or arg=="--": raise ConfigError([Problem(f"expected an option like `--lora-r 8`, found {arg!r}", mark=self.mark)])
+        if not arg.startswith("--") or arg=="--": raise ConfigError([Problem(f"expected an option like `--lora-r 8`, found {arg!r}; configs stand before the options", mark=self.mark)])
         negated = text is None and arg.startswith(("--no-","--no_"))
-        key = arg[5:] if negated else arg[2:]
-        self.path = tuple(int(o) if o.isdigit() else o.replace("-","_") for o in key.split("."))
+        self.path = _path((arg[5:] if negated else arg[2:]).replace("-","_"))
+        if "" in self.path: raise ConfigError([Problem(f"{arg!r} names no key: write it as `--lora-r 8` or `--datasets.0.path x`", mark=self.mark)])
+        if self.path==("extends",): raise ConfigError([Problem("`extends` belongs into a file; here, name several configs: they are merged from left to right", mark=self.mark)])
         self.value,self.raw = (not negated,None) if text is None else self._read(text)
     def _read(self, text):
         try: doc = Document(f"v: {text}" if text else "v:", "on the command line")
@@ -424,14 +479,19 @@ def read_document(
     source:str|Path|dict, # file, folder, https address, or values
 ) -> Document: # as it stands there
     "One config, without its bases. Raises `UserError` when there is none."
-    if isinstance(source, dict): return Document.of({k: _plain(v) for k,v in source.items()})
+    if isinstance(source, dict):
+        doc = Document.of({k: _plain(v) for k,v in source.items()})
+        doc.keys = {(k,): Mark("Python, key", i, 0, f"{k}={v!r}") for i,(k,v) in enumerate(source.items(), 1)}
+        return doc
     if is_url(source):
         text,sha = fetch_text(source)
         log.warning(f"{source}: sha256 {sha}")
         return Document(text, source, env=None)
+    if "://" in str(source): raise UserError(f"{source}: a config is a file, a folder, or an https address")
     p = Path(source).expanduser()
     if p.is_dir(): p = _file_in(p)
-    if not p.is_file():
+    if p.is_file() and p.stat().st_size>MAX_BYTES: raise UserError(f"{p} is larger than {MAX_BYTES:,} bytes: this is no config")
+    if not p.exists():
         near = sorted(str(o) for o in p.parent.glob("*.y*ml")) if p.parent.is_dir() else []
         raise UserError(f"no config file: {p}"+(did_you_mean(str(p), near) or (f". Files there: {', '.join(near)}" if near else "")))
     try: return Document(p.read_text(encoding="utf-8-sig"), str(source) if not Path(source).is_dir() else str(p))
@@ -452,6 +512,7 @@ def read_merged(
     above:tuple=(), # configs that led here
 ) -> Document: # with its bases underneath
     "A config laid over the ones it extends. Raises `UserError` at a circle."
+    if not isinstance(source, (str,Path,dict)): raise TypeError(f"a config is a file, an https address, a dict, or a list of these; this is {type(source).__name__}")
     name = source if isinstance(source, dict) or is_url(source) else str(Path(source).expanduser().resolve())
     if name in above: raise UserError("these configs extend each other in a circle:\n"+"\n".join(f"  {o}" for o in (*above, name)))
     doc = read_document(source)
@@ -459,8 +520,13 @@ def read_merged(
     bases = [bases] if isinstance(bases, str) else bases
     if not bases: return doc
     if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases): raise ConfigError([doc.place(Problem(f"`extends` is {_shown(bases)}, but should be a file or a list of files", ("extends",), "value"))])
-    docs = [read_merged(_base_of(b, "." if isinstance(source, dict) else source), above+(name,)) for b in bases]
-    return _laid([*docs, doc], doc)
+    return _laid([*(_read_base(b, source, above+(name,), doc) for b in bases), doc], doc)
+
+def _read_base(base, source, above, doc):
+    "A base of `doc`, with its place if it cannot be read"
+    try: return read_merged(_base_of(base, "." if isinstance(source, dict) else source), above)
+    except ConfigError: raise
+    except UserError as e: raise ConfigError([doc.place(Problem(str(e), ("extends",), "value"))]) from None
 
 def _laid(docs, main):
     "Documents merged from left to right; the text is that of `main`"
@@ -470,17 +536,24 @@ def _laid(docs, main):
     return first
 
 # %% ../nbs/05_config.ipynb #975e71b7
+def _overrides(given):
+    "Options of the command line, in whatever form they are given"
+    if isinstance(given, dict): raise TypeError("values from Python are keywords, load_config(file, lora_r=8), or a second config, load_config([file, dict(lora_r=8)])")
+    words = shlex.split(given) if isinstance(given, str) else list(given or [])
+    return words if words and isinstance(words[0], Override) else parse_overrides(words)
+
 def load_config(
-    source:str|Path|dict|list, # YAML file, folder, https address, or values as a dict; a list of them is merged from left to right
-    overrides:list[str]|list[Override]|None=None, # options as on the command line, such as `["--lora-r", "8"]`
+    source:str|Path|dict|Config|list, # YAML file, folder, https address, or values as a dict; a list of them is merged from left to right
+    overrides:list[str]|list[Override]|str|None=None, # options as on the command line, such as `["--lora-r", "8"]`
     planned:bool=False, # let pass what is not built yet: to look at a config, not to run it
     **kwargs, # options from Python: `lora_r=8`
 ) -> Config: # all options, checked
     "Read and check a config. Raises `ConfigError` with everything that is wrong, each with its place."
-    docs = [read_merged(s) for s in (source if isinstance(source, list) else [source])]
-    doc = _laid(docs, docs[0])
-    given = set(doc.value)
-    for o in parse_overrides(overrides or []) if isinstance((overrides or [""])[0], str) else overrides:
+    sources = source if isinstance(source, list) else [source]
+    if not sources: raise UserError("name a config")
+    docs = [deepcopy(s._doc) if isinstance(s, Config) else read_merged(s) for s in sources]
+    doc,given = _laid(docs, docs[0]),set().union(*(d.value for d in docs))
+    for o in _overrides(overrides):
         if doc.value.get("strict") and o.path[0] not in given: doc.problems.append(Problem(f"`{o.path[0]}` is not in the file, and `strict: true` allows no new keys", mark=o.mark))
         doc.problems += doc.put(o.path, o.value, o.mark, o.raw)
     for i,(k,v) in enumerate(kwargs.items(), 1): doc.problems += doc.put((k,), _plain(v), Mark("keyword argument", i, 0, f"{k}={v!r}"))

@@ -72,7 +72,7 @@ def prepared_folder(
 
 # %% ../nbs/03_derive.ipynb #313fe2af
 DERIVED = {"gradient_accumulation_steps": (accumulation, "`batch_size` / `micro_batch_size`, else 1"), "eval_batch_size": (eval_rows, "as `micro_batch_size`"), "eval_sample_packing": (packs_evaluation, "as `sample_packing`"),
-    "pad_to_sequence_len": (fixed_length, "as `sample_packing`"), "save_strategy": (lambda o: strategy(o, "save"), "`steps` with `save_steps` or `saves_per_epoch`, else `epoch`"), "eval_strategy": (lambda o: strategy(o, "eval") if o.val_set_size or o.test_datasets else "no", "`no` without evaluation data"),
+    "pad_to_sequence_len": (fixed_length, "as `sample_packing`"), "save_strategy": (lambda o: strategy(o, "save"), "from `save_steps` and `saves_per_epoch`"), "eval_strategy": (lambda o: strategy(o, "eval") if o.val_set_size or o.test_datasets else "no", "from `eval_steps` and whether there is evaluation data"),
     "tokenizer_config": (tokenizer_source, "as `base_model`"), "dataset_prepared_path": (prepared_folder, "the usual place")}
 "key -> (function of the options, how its value is found)"
 

@@ -147,7 +147,9 @@ class Document:
 def _in_words(e):
     "What PyYAML found, and what to do about it"
     said = e.problem or str(e)
-    if "\\t" in said: return "a tab: YAML is indented with spaces"
+    if "\\t" in said: return "a tab: YAML takes spaces only"
+    if "end of stream" in said: return "this is not valid YAML: a quote or bracket that begins here is never closed"
+    if "expected <block end>" in said: return f"this is not valid YAML: {said}; look at the indentation of this line and the one before"
     if "but got '{'" in said: return f"this is not valid YAML: {said}; within [ ] and {{ }}, put `${{NAME}}` in quotes"
     if "mapping values are not allowed" in said: return f"this is not valid YAML: {said}; put a text that holds `: ` in quotes, or mend the indentation"
     if "could not find expected ':'" in said: return f"this is not valid YAML: {said}; a key is followed by `: `, with a space"
@@ -160,7 +162,7 @@ def _parse(self:Document, text, env):
         self.loader,self.env = _Loader(text),env
         node = self.loader.get_single_node()
         value = {} if node is None else self._walk(node, (), ())
-    except yaml.MarkedYAMLError as e: raise self._bad(_in_words(e), self._mark(e.problem_mark)) from None
+    except yaml.MarkedYAMLError as e: raise self._bad(_in_words(e), self._mark(e.context_mark if e.context_mark and "end of stream" in (e.problem or "") else e.problem_mark)) from None
     except yaml.reader.ReaderError as e:
         before = text[:e.position]
         raise self._bad(f"this is not valid YAML: character {e.character:#x} is not allowed", Mark(self.file, before.count("\n")+1, len(before)-before.rfind("\n"))) from None
@@ -188,7 +190,7 @@ def _walk(self:Document, node, path, above):
 def _mapping(self:Document, node, path, above):
     seen,res = {},{}
     for k,_ in node.value:
-        if not isinstance(k, yaml.ScalarNode): raise self._bad("a key is a single word", self._mark(k.start_mark))
+        if not isinstance(k, yaml.ScalarNode): raise self._bad("a key is a single word; put a text that begins with `{` in quotes", self._mark(k.start_mark))
         if k.value in seen and k.value!="<<":
             self.problems.append(Problem(f"`{k.value}` is given twice, first in line {seen[k.value]}", mark=self._mark(k.start_mark)))
         seen.setdefault(k.value, k.start_mark.line+1)
@@ -220,7 +222,7 @@ def place(
     if p.mark: return p
     marks,path = (self.keys,self.marks) if p.at=="key" else (self.marks,self.keys),p.path
     while path and not any(path in m for m in marks): path = path[:-1]
-    if not path and self.lines: return replace(p, mark=Mark(self.file, 1, 1)) # something that is missing has no line
+    if not path and self.file!="<text>": return replace(p, mark=Mark(self.file, 1, 1)) # something that is missing has no line
     return replace(p, mark=next((m[path] for m in marks if m.get(path)), None))
 
 # %% ../nbs/00_document.ipynb #cf64fefc
@@ -239,16 +241,17 @@ def put(
     raw:str|None=None, # the text of a scalar
 ) -> Iterator[Problem]: # where there is no such place
     "Set one value"
-    node = self.value
-    for i,k in enumerate(path[:-1]):
-        if isinstance(node, dict):
-            if not isinstance(node.get(k), (dict,list)): node[k] = {}
-            node = node[k]
-        elif isinstance(node, list) and isinstance(k, int) and k<len(node): node = node[k]
-        else: return (yield Problem(f"there is no `{'.'.join(map(str, path[:i+1]))}` to set something in", mark=mark))
-    if isinstance(node, list) and not (isinstance(path[-1], int) and path[-1]<len(node)):
-        return (yield Problem(f"there is no `{'.'.join(map(str, path))}`: `{'.'.join(map(str, path[:-1]))}` has {len(node)} entries, counted from 0", mark=mark))
-    if not isinstance(node, (dict,list)): return (yield Problem(f"there is no `{'.'.join(map(str, path[:-1]))}` to set something in", mark=mark))
+    node,name = self.value,lambda n: ".".join(map(str, path[:n]))
+    for i,k in enumerate(path):
+        if isinstance(node, list) and not (isinstance(k, int) and 0<=k<=len(node)): # one past the end appends
+            return (yield Problem(f"there is no `{name(i+1)}`: `{name(i)}` has {len(node)} entries, counted from 0", mark=mark))
+        if not isinstance(node, (dict,list)): return (yield Problem(f"there is no `{name(i+1)}`: `{name(i)}` is {node!r}, which has no keys", mark=mark))
+        if i==len(path)-1: break
+        if isinstance(node, list) and k==len(node): node.append({})
+        if isinstance(node, dict) and node.get(k) is None: node[k] = {}
+        if path[:i+1] not in self.keys: self.keys[path[:i+1]] = self.marks[path[:i+1]] = mark
+        node = node[k]
+    if isinstance(node, list) and path[-1]==len(node): node.append(None)
     self._forget(path)
     node[path[-1]] = value
     self.keys[path] = self.marks[path] = mark

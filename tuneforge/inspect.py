@@ -85,9 +85,9 @@ def _speakers(tokens):
     "(token, who begins to speak with it or None)"
     last = None
     for t in tokens:
-        now = (t.role, t.turn)
-        yield t,t.role if t.role and now!=last else None
-        if t.role: last = now
+        begins = bool(t.role and t.text.strip() and (t.role, t.turn)!=last) # not with the line break before
+        yield t,t.role if begins else None
+        if begins: last = (t.role, t.turn)
 
 def _rich(self):
     "As rich text: trained tokens bold on green, special tokens in brackets, the rest dim"

@@ -6,13 +6,14 @@ Docs: https://tuneforge.github.io/tuneforge/options.html.md"""
 
 # %% auto #0
 __all__ = ['NOT_YET', 'Size', 'AnyDataset', 'Optimizer', 'Schedule', 'TOPICS', 'RENAMED', 'MOVED', 'HARMLESS', 'ELSEWHERE',
-           'Options', 'type_in_words', 'not_yet', 'OptionTable', 'parse_size', 'SpecialTokens', 'BaseOptions',
-           'TokenizerOptions', 'ArchitectureOptions', 'PrecisionOptions', 'PlacementOptions', 'AttentionOptions',
-           'KernelOptions', 'OldKernelOptions', 'ModelOptions', 'SourceOptions', 'CustomFormat', 'FormatOptions',
-           'ChatOptions', 'DatasetOptions', 'PreferenceDataset', 'KtoDataset', 'PretrainingDataset', 'PreparedOptions',
-           'DataOptions', 'PackingOptions', 'OldPackingOptions', 'LoraOptions', 'PartialOptions', 'OptimOptions',
-           'LearningRateGroup', 'ScheduleOptions', 'EvalOptions', 'TrainOptions', 'LoggingOptions',
-           'DistributedOptions', 'PreferenceOptions', 'GradioOptions', 'FileOptions', 'AllOptions', 'topic']
+           'SYNONYMS', 'FrozenList', 'FrozenDict', 'Options', 'type_in_words', 'not_yet', 'OptionTable', 'parse_size',
+           'SpecialTokens', 'BaseOptions', 'TokenizerOptions', 'ArchitectureOptions', 'PrecisionOptions',
+           'PlacementOptions', 'AttentionOptions', 'KernelOptions', 'OldKernelOptions', 'ModelOptions', 'SourceOptions',
+           'CustomFormat', 'FormatOptions', 'ChatOptions', 'DatasetOptions', 'PreferenceDataset', 'KtoDataset',
+           'PretrainingDataset', 'PreparedOptions', 'DataOptions', 'PackingOptions', 'OldPackingOptions', 'LoraOptions',
+           'PartialOptions', 'OptimOptions', 'LearningRateGroup', 'ScheduleOptions', 'EvalOptions', 'TrainOptions',
+           'LoggingOptions', 'DistributedOptions', 'PreferenceOptions', 'GradioOptions', 'FileOptions', 'AllOptions',
+           'topic']
 
 # %% ../nbs/01_options.ipynb #d6f51680
 import re
@@ -23,9 +24,27 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
 from .document import UserError
 
 # %% ../nbs/01_options.ipynb #238806da
+def _frozen(self, *args, **kwargs): raise AttributeError("a config is frozen: make another one with `cfg.replace(…)`")
+
+class FrozenList(list):
+    "A list that stays as it is"
+    append = extend = insert = pop = remove = clear = sort = reverse = __setitem__ = __delitem__ = __iadd__ = __imul__ = _frozen
+    def __reduce__(self): return FrozenList,(list(self),)
+
+class FrozenDict(dict):
+    "A dict that stays as it is"
+    update = pop = popitem = clear = setdefault = __setitem__ = __delitem__ = __ior__ = _frozen
+    def __reduce__(self): return FrozenDict,(dict(self),)
+
 class Options(BaseModel):
     "What all groups share: no unknown keys, no changes"
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), defer_build=True, allow_inf_nan=False)
+
+    def model_post_init(self, _):
+        for k,v in self.__dict__.items(): self.__dict__[k] = FrozenList(v) if type(v) is list else FrozenDict(v) if type(v) is dict else v
+    def __setattr__(self, k, v):
+        if not k.startswith("_"): raise AttributeError(f"a config is frozen: make another one with `cfg.replace({k}=…)`")
+        super().__setattr__(k, v)
 
     def explicit(self) -> dict: # key -> value
         "The options that the user gave"
@@ -61,8 +80,11 @@ def _block(t, args):
 def _table(**topics): return {k: advice for keys,advice in topics.values() for k in keys.split()}
 
 NOT_YET = _table(
+    half=("bf16=full", "use `bfloat16: true`"), tf32=("tf32=auto", "say true or false"), noise=("neftune_noise_alpha loraplus_lr_ratio loraplus_lr_embedding", "remove it: the run works without"),
+    texts=("pretraining_dataset streaming", "name the texts under `datasets`, with `type: completion`"), token=("hf_use_auth_token", "remove it: a token from `hf auth login` or `HF_TOKEN` is used by itself"),
+    loading=("dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor accelerator_config", "remove it: batches are made while the last one is computed"),
     model=("base_model_config base_model_ignore_patterns trust_remote_code cls_model_config processor_type model_kwargs overrides_of_model_config tokenizer_legacy "
-        "tokens added_tokens_overrides resize_token_embeddings_to_32x mean_resizing_embeddings fix_untrained_tokens special_tokens.additional_special_tokens bf16=full tf32=auto",
+        "tokens added_tokens_overrides resize_token_embeddings_to_32x mean_resizing_embeddings fix_untrained_tokens special_tokens.additional_special_tokens",
         "save the model or tokenizer with these changes first, and name its folder as `base_model`"),
     quant=("bnb_config_kwargs gptq gptq_disable_exllama qlora_sharded_model_loading", "use `load_in_4bit` or `load_in_8bit`"),
     place=("gpu_memory_limit max_memory low_cpu_mem_usage lora_on_cpu device_map device", "remove it: the model goes to the best device"),
@@ -74,9 +96,9 @@ NOT_YET = _table(
         "unsloth_rms_norm unsloth_rope", "remove it: the result is the same, with more memory or time"),
     sources=("datasets.shards datasets.shards_idx datasets.preprocess_shards datasets.trust_remote_code datasets.ds_type=csv datasets.ds_type=parquet datasets.ds_type=arrow datasets.ds_type=text",
         "turn the data into a JSONL file first"),
-    data=("pretraining_dataset streaming shuffle_before_merging_datasets dataset_exact_deduplication eval_sequence_len excess_length_strategy=truncate excess_length_strategy=split excess_length_strategy=raise "
+    data=("shuffle_before_merging_datasets dataset_exact_deduplication eval_sequence_len excess_length_strategy=truncate excess_length_strategy=split excess_length_strategy=raise "
         "max_prompt_len push_dataset_to_hub dataset_shard_num dataset_shard_idx skip_prepare_dataset tokenizer_engine=auto tokenizer_engine=tokie tokenizer_engine=gigatoken "
-        "tokenizer_verify dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor accelerator_config hf_use_auth_token", "prepare the data that way before, and remove it"))
+        "tokenizer_verify", "prepare the data that way before, and remove it"))
 
 # %% ../nbs/01_options.ipynb #1c3773a1
 NOT_YET |= _table(
@@ -85,13 +107,14 @@ NOT_YET |= _table(
     adapters=("adapter=llama-adapter peft_adapter lora_target_parameters peft_init_lora_weights peft_trainable_token_indices peft_ensure_weight_tying peft relora relora_steps relora_warmup_steps "
         "relora_anneal_steps relora_prune_ratio relora_cpu_offload jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps unfrozen_parameters lisa_n_layers lisa_step_interval "
         "lisa_layers_attribute", "use `adapter: lora`, or train all weights"),
-    optim=("optim_args optim_target_modules torchdistx_path embedding_lr embedding_lr_scale loraplus_lr_ratio loraplus_lr_embedding lr_groups lr_scheduler_kwargs lr_quadratic_warmup cosine_min_lr_ratio "
-        "cosine_constant_lr_ratio lr_div_factor neftune_noise_alpha adam_beta3 adam_epsilon2 "
+    optim=("optim_args optim_target_modules torchdistx_path embedding_lr embedding_lr_scale lr_groups lr_scheduler_kwargs lr_quadratic_warmup cosine_min_lr_ratio "
+        "cosine_constant_lr_ratio lr_div_factor adam_beta3 adam_epsilon2 "
         "optimizer=lion_pytorch optimizer=optimi_adamw optimizer=ao_adamw_4bit optimizer=ao_adamw_8bit optimizer=ao_adamw_fp8 optimizer=adopt_adamw optimizer=muon optimizer=came_pytorch optimizer=adamw_apex_fused "
         "lr_scheduler=cosine_with_restarts lr_scheduler=polynomial lr_scheduler=inverse_sqrt lr_scheduler=reduce_lr_on_plateau lr_scheduler=cosine_with_min_lr lr_scheduler=cosine_warmup_with_min_lr "
         "lr_scheduler=warmup_stable_decay lr_scheduler=greedy lr_scheduler=one_cycle lr_scheduler=rex", "use `optimizer: adamw_torch` with `lr_scheduler: cosine`, `linear` or `constant_with_warmup`"),
-    run=("save_strategy=best save_first_step hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size do_causal_lm_eval eval_causal_lm_metrics "
-        "do_bench_eval bench_dataset bench_split generate_samples num_generation_samples generation_max_new_tokens generation_temperature profiler_steps profiler_steps_start",
+    early=("save_first_step profiler_steps profiler_steps_start", "remove it: it changes nothing about the result"),
+    run=("save_strategy=best hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size do_causal_lm_eval eval_causal_lm_metrics "
+        "do_bench_eval bench_dataset bench_split generate_samples num_generation_samples generation_max_new_tokens generation_temperature",
         "remove it, and evaluate or push the saved checkpoints afterwards"),
     trackers=("use_tensorboard use_wandb wandb_project wandb_entity wandb_name wandb_run_id wandb_mode wandb_watch wandb_log_model use_mlflow mlflow_tracking_uri "
         "mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts use_comet comet_api_key comet_workspace comet_project_name comet_experiment_key "
@@ -428,7 +451,7 @@ class DataOptions(PreparedOptions):
     default_system_message:str|None = _opt(None, "system message of conversations that have none")
     eot_tokens:list[str]|None = _opt(None, "tokens that end a turn; blank: what the chat template writes after an answer")
     on_bad_row:Literal["stop","skip","quarantine"] = _opt("stop", "what happens at a broken row: an error, a count in the report, or a file of its own")
-    seed:int = _opt(42, "seed of every random choice: data order, dropout, new weights")
+    seed:int = _opt(42, "seed of every random choice: data order, dropout, new weights", ge=0, lt=2**32)
 
 OptionTable(DataOptions, but=(PreparedOptions,))
 
@@ -739,7 +762,7 @@ RENAMED = {"model_type": "type_of_model", "model_config": "overrides_of_model_co
     "flash_attn_cross_entropy_loss": "flash_attn_cross_entropy", "sequence_parallel_degree": "context_parallel_size", "datasets.train_on_split": "split"}
 "old key -> today's; `datasets.` stands for every kind of entry"
 
-MOVED = {"rope_scaling": "put it under `overrides_of_model_config`", "max_packed_sequence_len": "today it is `sequence_len` with `sample_packing: true`"}
+MOVED = {"rope_scaling": "it belongs to the model's own config.json, or under `overrides_of_model_config`", "max_packed_sequence_len": "today it is `sequence_len` with `sample_packing: true`"}
 "Keys that are no more, and what took their place"
 
 # %% ../nbs/01_options.ipynb #8c4a08e6
@@ -753,4 +776,12 @@ HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated", "sa
 ELSEWHERE = dict(trl="GRPO and its relatives are not trained here", vllm="tuneforge does not serve models", ray="tuneforge starts its processes with accelerate or torchrun", use_ray="tuneforge starts its processes with accelerate or torchrun",
     qat="quantisation-aware training is not trained here", quantization="weights are quantised by the tools that serve them", ebft="it is not trained here", use_otel_metrics="metrics go to files and trackers", use_trackio="use TensorBoard, W&B, MLflow or Comet",
     trainer_cls="tuneforge has one trainer, which callbacks extend", process_reward_model="process reward models are not trained here", lm_eval_tasks="evaluate the merged model with lm-evaluation-harness")
+ELSEWHERE |= dict.fromkeys("lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel tiled_mlp tiled_mlp_num_shards fp8 fp8_enable_fsdp_float8_all_gather scaling_softmax sdpa_varlen use_kernels sage_attention fused_attn_kernel".split(),
+    "remove it: the result is the same, with more memory or time")
+ELSEWHERE |= dict.fromkeys("include_tokens_per_second include_tkps".split(), "tokens per second are always shown") | dict.fromkeys("experimental_skip_move_to_device low_cpu_mem llmcompressor".split(), "remove it")
 "Keys of Axolotl's that stand for things that tuneforge does not do"
+
+SYNONYMS = dict(lr="learning_rate", model="base_model", model_name_or_path="base_model", max_seq_length="sequence_len", max_seq_len="sequence_len", max_length="sequence_len", per_device_train_batch_size="micro_batch_size",
+    per_device_eval_batch_size="eval_batch_size", num_train_epochs="num_epochs", epochs="num_epochs", num_proc="dataset_processes", report_to="wandb_project", wandb="wandb_project", lora="adapter", warmup="warmup_steps",
+    lora_rank="lora_r", target_modules="lora_target_modules", optim="optimizer", lr_scheduler_type="lr_scheduler", dataset="datasets", train_file="datasets", validation_split="val_set_size", load_in_4_bit="load_in_4bit")
+"What other tools call a key -> its name here"

@@ -7,7 +7,8 @@ Docs: https://tuneforge.github.io/tuneforge/prompts.html.md"""
 # %% auto #0
 __all__ = ['log', 'FORMATS', 'LAYOUTS', 'STYLES', 'PREAMBLES', 'INSTRUCT', 'ALIASES', 'LLAMA2_SYSTEM', 'Segment', 'kind', 'need',
            'PromptFormat', 'register', 'fill', 'Layout', 'Instruct', 'instruct', 'completion', 'input_output', 'speech',
-           'pygmalion', 'llama2_chat', 'custom', 'own_function', 'from_function', 'with_defaults', 'prompt_format']
+           'pygmalion', 'llama2_chat', 'custom', 'own_function', 'from_function', 'with_defaults', 'find_format',
+           'prompt_format']
 
 # %% ../nbs/11_prompts.ipynb #4ab1e97d
 import importlib,importlib.util,inspect,logging,re,sys
@@ -391,14 +392,20 @@ def with_defaults(
     if opts is None: return entry
     return entry.model_copy(update={k: vars(opts)[k] for k in keys if vars(entry)[k] is None and vars(opts)[k] is not None})
 
+def find_format(
+    name:str, # as in the config's `type`
+) -> Callable: # (`DatasetOptions`, tokenizer) -> `PromptFormat`
+    "What is filed under a name, or the user's own function. Raises `UserError` with the nearest name."
+    for n in (name, name.removesuffix(".load"), "sharegpt" if re.match(r"sharegpt[:.]", name) else ""):
+        if n in FORMATS: return FORMATS[n]
+    if f := own_function(name): return lambda opts,tokenizer=None: from_function(f, opts, tokenizer)
+    say = did_you_mean(name, FORMATS) or f"; there are {', '.join(sorted(FORMATS))}, and `module:function` for one of your own"
+    raise UserError(f"unknown `type: {name}`{say}")
+
 def prompt_format(
     opts:DatasetOptions, # an entry of `datasets`
     tokenizer=None, # for formats that need its chat template
 ) -> PromptFormat: # the format that its `type` names
     "Find a format by the entry's `type`. Raises `UserError` with the nearest name."
     if isinstance(opts.type, CustomFormat): return custom(opts.type)
-    for name in (opts.type, opts.type.removesuffix(".load"), "sharegpt" if re.match(r"sharegpt[:.]", opts.type) else ""):
-        if name in FORMATS: return FORMATS[name](opts, tokenizer)
-    if f := own_function(opts.type): return from_function(f, opts, tokenizer)
-    say = did_you_mean(opts.type, FORMATS) or f"; there are {', '.join(sorted(FORMATS))}, and `module:function` for one of your own"
-    raise UserError(f"datasets: {opts.path}: unknown `type: {opts.type}`{say}")
+    return find_format(opts.type)(opts, tokenizer)

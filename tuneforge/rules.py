@@ -137,6 +137,10 @@ def _streams_end(cfg):
     if cfg.streaming and cfg.sample_packing and len(cfg.datasets)>1: yield "streaming", "only one dataset can be packed from a stream"
 
 @rule
+def _rows_are_whole(cfg):
+    if cfg.val_set_size>1 and cfg.val_set_size!=int(cfg.val_set_size): yield "val_set_size", f"`val_set_size: {cfg.val_set_size:g}` is neither a fraction nor a number of rows"
+
+@rule
 def _pushing_needs_a_token(cfg):
     if cfg.push_dataset_to_hub and not cfg.hf_use_auth_token: yield "push_dataset_to_hub", "`push_dataset_to_hub` needs `hf_use_auth_token: true`"
 
@@ -236,6 +240,8 @@ def _adapter_has_targets(cfg):
 @rule
 def _targets_are_a_pattern(cfg):
     if not isinstance(cfg.lora_target_modules, str): return
+    if len(names := re.split(r"[,\s]+", cfg.lora_target_modules.strip()))>1 and all(re.fullmatch(r"[\w.]+", n) for n in names):
+        yield "lora_target_modules", f"several names are a list: write [{', '.join(names)}]"
     try: re.compile(cfg.lora_target_modules)
     except re.error as e: yield "lora_target_modules", f"`{cfg.lora_target_modules}` is no regular expression: {e}"
 

@@ -168,10 +168,12 @@ def training_arguments(
 def stop_token_ids(
     ds, # tokenised rows
     tokenizer, # knows which tokens are special
+    eot_tokens:list[str]=(), # what else may end a turn
     n:int=1000, # rows to look at
 ) -> list[int]: # EOS first
-    "Special tokens that end trained text"
+    "Special tokens, and `eot_tokens`, that end trained text"
     special,stops = set(tokenizer.all_special_ids) | {i for i,t in tokenizer.added_tokens_decoder.items() if t.special},{}
+    special |= {tokenizer(t, add_special_tokens=False).input_ids[-1] for t in eot_tokens}
     for labels in ds.select(range(min(n, len(ds)))).with_format("numpy")["labels"]:
         ends = np.flatnonzero((labels!=IGNORE) & (np.append(labels[1:], IGNORE)==IGNORE))
         stops |= dict.fromkeys(int(i) for i in labels[ends] if int(i) in special)
@@ -228,7 +230,7 @@ def train(
     set_attention(model, cfg)
     if cfg.sample_packing: check_isolation(model)
     if cfg.adapter: model = add_adapter(model, cfg)
-    model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer)
+    model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *cfg.datasets) for t in o.eot_tokens or []])
     trainer = make_trainer(cfg, model, tokenizer, data, callbacks)
     result = trainer.train(resume_from_checkpoint=resume_from(cfg))
     return save_run(cfg, trainer, data, result)
