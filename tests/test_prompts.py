@@ -225,3 +225,8 @@ def test_whatever_rows_say(rows, kind, bos):
     rows = [dict(zip(("instruction", "input", "output"), map(clean, r))) for r in rows]
     prompt = lambda r: f"{WITH if r['input'] else WITHOUT}\n\n### Instruction:\n{r['instruction']}\n\n"+(f"### Input:\n{r['input']}\n\n" if r["input"] else "")+"### Response:\n"
     assert encode_rows(rows, dict(type="alpaca"), tok)==[by_hand(tok, prompt(r), r["output"]) for r in rows]
+
+
+def test_templates_that_only_their_models_bring():
+    from tuneforge.templates import resolve_template
+    with pytest.raises(UserError, match="write `chat_template: tokenizer_default`"): resolve_template("pixtral", None, None)

@@ -108,9 +108,12 @@ _SPECIAL = "border:1px solid #b0b7c3;border-radius:3px;padding:0 2px;font-size:8
 _SPEAKER = "color:#8250df;font:11px sans-serif;padding:0 3px"
 
 def _chip(t:Token, who, ids):
-    text = escape(t.text).replace("\n", "⏎<br>").replace(" ", "&nbsp;" if t.text==" " else " ")
+    text = escape(t.text).replace("\n", "⏎\n").replace(" ", "&nbsp;" if t.text==" " else " ")
+    body,br,rest = text.rpartition("\n") if text.endswith("\n") else (text, "", "")
+    number = f"<sub style='font-size:8px;color:#aab'>{t.id}</sub>"*ids
     style = ";".join([_TRAINED if t.trained else _READ] + [_SPECIAL]*t.special)
-    return f'<span style="{_SPEAKER}">▸{escape(who or "")}</span>'*bool(who) + f'<span title="{escape(t.about())}" style="{style};margin-right:1px">{text}{f"<sub>{t.id}</sub>" if ids else ""}</span>'
+    speaker = f'<span style="{_SPEAKER}">▸{escape(who or "")}</span>'*bool(who)
+    return speaker+f'<span title="{escape(t.about())}" style="{style};margin-right:1px">{body}{number}</span>{br}'
 
 def _html(self,
     ids:bool=False, # show each token's id
