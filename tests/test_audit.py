@@ -52,7 +52,7 @@ def test_broken_rows_are_shown_not_hidden(tmp_path):
     cfg = config(tmp_path, on_bad_row="skip")
     with (tmp_path/"alpaca.jsonl").open("a") as f: f.write('{"instruction": "x", "output": null}\n')
     report = audit(cfg, load_tokenizer(cfg), progress=False)
-    assert report.samples.odd.iloc[-1]=="bad" and (1, 11) in report.errors
+    assert report.samples.odd.iloc[-1]=="bad" and (2, 11) in report.errors
     said = preview(cfg, load_tokenizer(cfg), report, row="2:11").bad
     assert len(said)==1 and "alpaca.jsonl:11" in said[0] and "output" in said[0]
 

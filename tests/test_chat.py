@@ -258,3 +258,39 @@ def test_template_choices(tmp_path):
 
 
 def test_every_template_is_tested(): assert set(LAYOUT) | {"qwen3"}>=set(SHIPPED)
+
+
+LOOK = dict(role="assistant", content="Let me look.", tool_calls=[dict(type="function", function=dict(name="weather", arguments=dict(town="Avenford")))])
+ASK = dict(role="user", content="Weather?")
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "phi_3"])
+def test_a_template_that_drops_tool_calls_is_refused(name):
+    with pytest.raises(UserError, match="messages.1..tool_calls: this chat template leaves them out"):
+        encode_rows([dict(messages=[ASK, LOOK])], FORMAL | dict(chat_template=name), tokenizer())
+
+
+def test_a_template_that_writes_tool_calls_trains_them():
+    tok = tokenizer()
+    row = encode_rows([dict(messages=[ASK, LOOK])], FORMAL | dict(chat_template="qwen_25"), tok)[0]
+    said = tok.decode([i for i in row["labels"] if i!=IGNORE])
+    assert "Let me look." in said and "weather" in said and "Avenford" in said
+
+
+@pytest.mark.parametrize("answer", ["pre <think>x</think> post", "<think>a</think>b<think>c</think>d"])
+def test_an_answer_that_is_written_in_part_is_refused(answer):
+    with pytest.raises(UserError, match="leaves out what it says, or a part of it"):
+        encode_rows([dict(messages=[ASK, dict(role="assistant", content=answer)])], FORMAL | dict(chat_template="qwen3"), tokenizer())
+
+
+@pytest.mark.parametrize("detail, says", [
+    ([dict(begin_offset=8, end_offset=2)], "goes from 8 to 2"), ([dict(begin_offset=-2, end_offset=2)], "goes from -2"), ([dict(begin_offset=0, end_offset=99)], "after the end of the content"),
+    ([dict(begin_offset=0, end_offset=3), dict(begin_offset=3, end_offset=5)], "overlap"), ([dict(begin_offset=0, end_offset=1, train="no")], "should be true or false"), ([dict(begin_offset=0, end_offset=1, weight=0)], "has a key `weight`")])
+def test_parts_to_train_that_are_none(detail, says):
+    row = dict(messages=[ASK, dict(role="assistant", content="0123456789", detail=detail)])
+    with pytest.raises(UserError, match=says): encode_rows([row], FORMAL | dict(chat_template="chatml", message_field_training_detail="detail"), tokenizer())
+
+
+@pytest.mark.parametrize("entry, says", [(dict(chat_template_kwargs=dict(enable_thnking=False)), "knows no `enable_thnking`"), (dict(chat_template_kwargs=dict(messages=[])), "is given by the data"), (dict(roles_to_train=["assistnt"]), "did you mean `assistant`")])
+def test_options_that_would_do_nothing(entry, says):
+    with pytest.raises(UserError, match=says): encode_rows([dict(messages=[ASK])], FORMAL | dict(chat_template="qwen3") | entry, tokenizer())

@@ -157,6 +157,10 @@ def test_wrong_type_of_field(d):
 def test_chat_message_without_content(d):
     write_jsonl(d/"chat.jsonl", [dict(messages=[dict(role="user", content="a"), dict(role="assistant")])])
     assert "chat.jsonl:1: messages[1].content is null" in mistake(d, data="chat.jsonl", type="chat_template")
+def test_empty_file(d):
+    (d/"empty.jsonl").write_text("")
+    assert "the file is empty" in mistake(d, data="empty.jsonl")
+    assert "no folder" in mistake(d, "preview", "c.yml", "--html", "gone/x.html")
 def test_unknown_format(d): assert "c.yml:4:11: unknown `type: alpacca`, did you mean `alpaca`" in mistake(d, type="alpacca")
 def test_unknown_template(d): assert "c.yml:8:16: unknown `chat_template: lama3`, did you mean `llama3`" in mistake(d, type="chat_template", more="chat_template: lama3")
 def test_broken_template(d): assert "is no Jinja" in mistake(d, type="chat_template", more="chat_template_jinja: '{% if'")

@@ -230,3 +230,16 @@ def test_whatever_rows_say(rows, kind, bos):
 def test_templates_that_only_their_models_bring():
     from tuneforge.templates import resolve_template
     with pytest.raises(UserError, match="write `chat_template: tokenizer_default`"): resolve_template("pixtral", None, None)
+
+
+def test_own_code_that_fails_is_a_bad_row():
+    def boom(row): return 1/0
+    fmt = from_function(boom, DatasetOptions(path="x"))
+    with pytest.raises(UserError, match="boom failed: ZeroDivisionError"): fmt(dict(q="x"))
+    with pytest.raises(UserError, match="returned a text"): from_function(lambda row: "text", DatasetOptions(path="x"))({})
+
+
+def test_built_in_names_are_taken():
+    with pytest.raises(UserError, match="called `alpaca` already"):
+        @register("alpaca")
+        def mine(opts, tokenizer): pass

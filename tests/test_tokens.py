@@ -109,3 +109,29 @@ def test_only_what_stands_before_a_text_begins_it():
     tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> <|user|> $A </s>", special_tokens=[("<s>", 1), ("<|user|>", tok.convert_tokens_to_ids("<|user|>")), ("</s>", 2)])
     try: assert bos_ids(tok)==[1, tok.convert_tokens_to_ids("<|user|>")]
     finally: tok.backend_tokenizer.post_processor = old or processors.Sequence([])
+
+
+def test_an_empty_row_is_refused_and_takes_nothing_from_others():
+    from tuneforge.prompts import prompt_format
+    from tuneforge.tokens import encode_rows, tokenise_rows
+    from tests.tokenizers import tokenizer
+    tok, rows = tokenizer(), [dict(segments=[]), dict(segments=[dict(label=False, text="Q1 "), dict(label=True, text="A1")])]
+    with pytest.raises(UserError, match="row 1 .*there is no text in this row"): encode_rows(rows, dict(type="input_output"), tok)
+    samples, errors = tokenise_rows(rows, prompt_format(DatasetOptions(path="x", type="input_output"), tok), tok, 99)
+    assert list(errors)==[0] and samples[1][0].input_ids.tolist()==encode_rows(rows[1:], dict(type="input_output"), tok)[0]["input_ids"]
+
+
+@pytest.mark.parametrize("rows, entry, says", [(dict(text="x"), dict(type="completion"), "a list of dicts"), ([None], dict(type="completion"), "a list of dicts"), ([dict(text="x")], "completion", "is a dict of keys"),
+    ([dict(text="a\udc00b")], dict(type="completion"), "row 1 .*half a character"), ([dict(messages=[])], dict(type="alpaca"), "looks like `type: chat_template`"), ([{}], {}, "the row is empty")])
+def test_what_is_no_row(rows, entry, says):
+    from tuneforge.tokens import encode_rows
+    from tests.tokenizers import tokenizer
+    with pytest.raises(UserError, match=says): encode_rows(rows, entry, tokenizer())
+
+
+def test_rows_may_be_a_dataset():
+    from datasets import Dataset
+    from tuneforge.tokens import encode_rows
+    from tests.tokenizers import tokenizer
+    rows = [dict(text="one"), dict(text="two")]
+    assert encode_rows(Dataset.from_list(rows), dict(type="completion"), tokenizer())==encode_rows(rows, dict(type="completion"), tokenizer())

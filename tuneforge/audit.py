@@ -85,7 +85,7 @@ def audit(
     records,counts,errors,ends = [],{},{},_ends(tokenizer)
     for d,entry in enumerate(expand_entries(opts.datasets)):
         for n,samples,error in tqdm(walk(entry, opts, tokenizer), desc=f"Auditing {Path(entry.path).name}", leave=False, disable=None if progress else True):
-            if error: errors[d,n] = str(error)
+            if error: errors[d+1,n] = str(error)
             records += [dict(dataset=d+1, row=n, piece=i) | _record(s, opts, ends, i==len(samples)-1) for i,s in enumerate(samples)]
             records += [dict(dataset=d+1, row=n, piece=0, tokens=0, trained=0, share=0., turns=0, odd="bad")]*bool(error)
             for s in samples: _tally(counts, s)
@@ -129,6 +129,7 @@ def choose(
 ) -> list[tuple]: # (index into `report.samples`, why it is shown)
     "Samples worth a look: those asked for, or the longest, the shortest, some at random, and the odd ones"
     s = report.samples
+    if row is not None and filter: raise UserError("give either a row or a filter")
     if row is not None:
         d,_,r = str(row).rpartition(":")
         if not (r.isdigit() and (d or "1").isdigit()): raise UserError(f"{row!r} is no row: write 12, or 2:12 for row 12 of the second dataset")
@@ -136,6 +137,7 @@ def choose(
         if not len(found): raise UserError(f"there is no row {row}: dataset {d or 1} has {int(s[s.dataset==int(d or 1)].row.max() if (s.dataset==int(d or 1)).any() else 0):,} rows")
         return [(i, "asked for") for i in found.index]
     if filter: return [(i, filter) for i in filtered(report, filter).index[:max_odd]]
+    n,max_odd = max(n, 0),max(max_odd, 0)
     picks = [(s.tokens.idxmax(), "the longest"), (s[s.tokens>0].tokens.idxmin(), "the shortest")] if (s.tokens>0).any() else []
     picks += [(i, "at random") for i in s[s.tokens>0].sample(min(n, int((s.tokens>0).sum())), random_state=seed).index]
     picks += [(i, ODD[s.odd[i]]) for i in report.odd().index[:max_odd]]
@@ -146,8 +148,12 @@ def filtered(
     filter:str, # condition on its columns
 ): # -> pandas.DataFrame
     "The samples for which a condition holds. Raises `UserError` for what is none."
-    try: return report.samples.query(filter)
-    except Exception as e: raise UserError(f"{filter!r} is no condition on {', '.join(report.samples.columns)}: {e}") from e
+    try:
+        mask = report.samples.eval(filter)
+        if mask.dtype!=bool: raise TypeError("it is a value, not a condition")
+        return report.samples[mask]
+    except Exception as e: # whatever pandas makes of it
+        raise UserError(f"{filter!r} is no condition on {', '.join(report.samples.columns)}: {e}") from e
 
 # %% ../nbs/17_audit.ipynb #1d69f7b6
 @dataclass(repr=False)
@@ -162,7 +168,8 @@ class Preview:
     def __rich_console__(self, console, options):
         from rich.text import Text
         yield Text(repr(self.report))
-        for v in self.views: yield from (Text(""), v)
+        for v in self.views: yield from (Text(""), v if console.is_terminal else Text(f"{v!r}")) # without colours, trained text stands in brackets
+        if not self.views+self.bad: yield Text("\nno sample fits")
         for b in self.bad: yield Text(f"\n{b}", "red")
     def page(self) -> str: # HTML
         "A page that needs nothing else"

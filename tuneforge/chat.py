@@ -13,9 +13,10 @@ __all__ = ['TAGS', 'ROLES', 'render_all', 'render', 'Marks', 'Extent', 'ChatTemp
 import json,re
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 from .config import Config, DatasetOptions, log
-from .document import ConfigError, Problem, UserError
+from .document import ConfigError, Problem, UserError, nearest
 from .prompts import FORMATS, PromptFormat, Segment, find_format, kind, need, register
 from .templates import TEMPLATES, resolve_template
 
@@ -46,10 +47,12 @@ def render(
 
 # %% ../nbs/12_chat.ipynb #df7d5f6d
 TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning)>|<\|(?:begin|end)_of_(?:thought|solution)\|>|\[/?THINK\]")
+_THINKING = [re.compile(o+r"(.*?)"+c, re.S) for o,c in ((r"<think>", r"</think>"), (r"<thinking>", r"</thinking>"), (r"<reasoning>", r"</reasoning>"), (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"))]
 _SPACES = "\u2028\u2029\u205f\u3000\u1680" # `str.strip` takes them away
 _PLANES = (0xF0000,0x100000) # for private use
 _USED = re.compile(f"[{_SPACES}\U000F0000-\U0010FFFD]")
 
+# %% ../nbs/12_chat.ipynb #c4ec0f11
 @lru_cache
 def _pattern(plane, space): return re.compile(f"[{chr(plane)}-{chr(plane+0xFFFD)}{space}]")
 
@@ -65,15 +68,17 @@ class Marks:
         if plane is None or space is None: raise UserError("messages: the texts use all characters that could mark them")
         self.plane,self.space,self.fences,self.pattern = plane,space,fences,_pattern(plane, space)
         self.runs,self.outer = [],{} # of each run: (message, offset in its text; None: not content); message -> outer white space
+        self.what,self.missing = [],{} # of each run: (what it is, offset); message -> those that did not come out
     def put(self,
         text:str, # of message `i`
         i:int, # index of the message
-        content:bool=True, # it is the message's content
+        what:str="content", # or `thinking`, `call`
     ) -> str: # with marks
-        res,at = [],0
+        res,at,content = [],0,what=="content"
         for a,b in _runs(text) or [(0, len(text))]*(self.fences and text!=""):
             n = self.plane+2*len(self.runs)
             self.runs.append((i, a if content else None))
+            self.what.append((what, a))
             res += [text[at:a], chr(n), text[a:b], chr(n+1)]
             at = b
         marked,trail = "".join(res)+text[at:],len(text)-at
@@ -106,7 +111,9 @@ def _find(self, marked):
         else: places[c] = None if c in places else at
     for n,(i,offset) in enumerate(self.runs):
         open,close = chr(self.plane+2*n),chr(self.plane+2*n+1)
-        if open not in places and close not in places: continue
+        if open not in places and close not in places:
+            self.missing.setdefault(i, []).append(self.what[n])
+            continue
         a,b = places.get(open),places.get(close)
         if a is None or b is None or found.get(i, 0) is None: found[i] = None
         elif i not in found: found[i] = Extent(a, b, [(offset, a)])
@@ -216,15 +223,15 @@ def _mark_message(m, i, marks):
     res = dict(m)
     if isinstance(m.get("content"), str): res["content"] = marks.put(m["content"], i)
     for k in _MARKED if len(m)>2 or "content" not in m else ():
-        if k in m and m["role"]=="assistant": res[k] = [_mark_call(c, i, marks) for c in m[k]] if k=="tool_calls" else _map_strings(m[k], lambda s: marks.put(s, i, False))
+        if k in m and m["role"]=="assistant": res[k] = [_mark_call(c, i, marks) for c in m[k]] if k=="tool_calls" else _map_strings(m[k], lambda s: marks.put(s, i, "thinking"))
     return res
 
 def _mark_call(call, i, marks): # names and arguments are written out; ids and types may be compared with something
-    return {k: _mark_call(v, i, marks) if k=="function" and isinstance(v, dict) else _map_strings(v, lambda s: marks.put(s, i, False)) if k in ("name","arguments") else v for k,v in call.items()}
+    return {k: _mark_call(v, i, marks) if k=="function" and isinstance(v, dict) else _map_strings(v, lambda s: marks.put(s, i, "call")) if k in ("name","arguments") else v for k,v in call.items()}
 
 # %% ../nbs/12_chat.ipynb #d34f8fc5
 def _extents(messages, template, tools, wanted):
-    "(text, blocks, message -> `Extent`), by rendering with marks; no extents where marks change the text"
+    "(text, blocks, message -> `Extent`, message -> what is left out), by rendering with marks; no extents where marks change the text"
     said = "".join([m["content"] if isinstance(m.get("content"), str) and len(m)==2 else "".join(_strings([m.get(k) for k in ("content",*_MARKED)])) for m in messages])
     for fences,some in ((True,False),(False,False),(False,True)):
         marks = Marks(said, fences)
@@ -232,9 +239,9 @@ def _extents(messages, template, tools, wanted):
         try: texts,blocks = template.render_all([messages, marked], tools)
         except UserError: continue # a template that refuses marked texts is tried with fewer
         plain,found = marks.find(texts[1])
-        if plain==texts[0]: return plain,blocks[0] if blocks else [],found
+        if plain==texts[0]: return plain,blocks[0] if blocks else [],found,marks.missing
     texts,blocks = template.render_all([messages], tools)
-    return texts[0],blocks[0] if blocks else [],None
+    return texts[0],blocks[0] if blocks else [],None,{}
 
 _REFUSED = "messages: this chat template changes the messages' text, so it cannot be known which characters are an answer"
 
@@ -268,7 +275,8 @@ def find_turns(
     tools:list[dict]|None=None, # what the model may call
 ) -> tuple[str,list[Turn]]: # the text, and the place of each message that is in it
     "Render, and find each message. Raises `UserError` where a wanted one cannot be found for certain."
-    text,blocks,found = _extents(messages, template, tools, wanted)
+    text,blocks,found,missing = _extents(messages, template, tools, wanted)
+    _refuse_losses(messages, template, tools, wanted, missing)
     blocks = _blocks(messages, blocks, found or {})
     lost = lambda i: i not in blocks and (found is None or found.get(i, 0) is None)
     if any(lost(i) for i in wanted): raise UserError(_REFUSED)
@@ -290,6 +298,18 @@ def _next_starts(n, found, length):
         res[i] = after.get(i, least)
         if i in found: least = min(least, found[i].start)
     return res
+
+# %% ../nbs/12_chat.ipynb #c4ec0f12
+def _refuse_losses(messages, template, tools, wanted, missing):
+    "What a trained message says must be there; that anything else is left out is said once"
+    for i,lost in missing.items():
+        m,kinds = messages[i],{k for k,_ in lost}
+        if i in wanted and "call" in kinds: raise UserError(f"messages[{i}].tool_calls: this chat template leaves them out; take one that writes them, such as the model's own")
+        thinking = [p.search(m["content"]).span() for p in _THINKING if p.search(m["content"])] if isinstance(m.get("content"), str) else []
+        if i in wanted and any(k=="content" and not any(a<=o<b for a,b in thinking) for k,o in lost): raise UserError(f"messages[{i}]: the chat template leaves out what it says, or a part of it")
+        if "thinking" in kinds: _say_once("the chat template leaves out the thinking of some answers")
+        elif "content" in kinds and i not in wanted: _say_once(f"the chat template leaves out messages of the role `{m['role']}`")
+    if tools and "tools" not in template.text: _say_once("the chat template does not write the `tools` of a conversation: the model will not know what it may call")
 
 def _says(m): # thinking may well be left out
     return bool(m.get("tool_calls")) or isinstance(m.get("content"), str) and bool(split_thinking(m["content"])[1].strip())
@@ -383,8 +403,6 @@ def _calls(m, place):
     return calls
 
 # %% ../nbs/12_chat.ipynb #98050b2b
-_THINKING = [re.compile(o+r"(.*?)"+c, re.S) for o,c in ((r"<think>", r"</think>"), (r"<thinking>", r"</thinking>"), (r"<reasoning>", r"</reasoning>"), (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"))]
-
 def split_thinking(
     text:str, # an answer
 ) -> tuple[str|None,str]: # (thinking, or None; the rest)
@@ -417,11 +435,17 @@ def _tools(row, opts):
     if tools is None: return None
     return [need(_filled(_parsed(t, f"{opts.field_tools}[{i}]")), dict, f"{opts.field_tools}[{i}]") for i,t in enumerate(need(tools, list, opts.field_tools))]
 
+# %% ../nbs/12_chat.ipynb #c4ec0f13
 def _detail(value, place):
     "Parts to train, as the data name them"
     parts = [need(d, dict, f"{place}[{j}]") for j,d in enumerate(need(_parsed(value, place), list, place))]
     for j,d in enumerate(parts):
-        for k in ("begin_offset","end_offset"): need(d.get(k), int, f"{place}[{j}].{k}")
+        a,b = (need(d.get(k), int, f"{place}[{j}].{k}") for k in ("begin_offset","end_offset"))
+        if not 0<=a<=b: raise UserError(f"{place}[{j}] goes from {a} to {b}, but should go from a character to the same or a later one, counted from 0")
+        if d.get("train") is not None: need(d["train"], bool, f"{place}[{j}].train")
+        if unknown := set(d)-{"begin_offset","end_offset","train"}: raise UserError(f"{place}[{j}] has a key `{min(unknown)}`; it takes `begin_offset`, `end_offset` and `train`")
+    for (a,p),(b,q) in pairwise(sorted((d["begin_offset"], d["end_offset"]) for d in parts)):
+        if b<=p: raise UserError(f"{place}: the parts {a}–{p} and {b}–{q} overlap")
     return parts
 
 def _flags(rows, messages, opts, name):
@@ -476,6 +500,7 @@ def _parts(turn, text, detail, place):
     if turn.base is None: raise UserError(f"{place}: this chat template doesn't write the content in one piece, so parts of it cannot be trained")
     at,res = turn.start,[]
     for d in sorted(detail, key=lambda d: d["begin_offset"]):
+        if turn.base+d["end_offset"]>=turn.end: raise UserError(f"{place}: a part to train ends at character {d['end_offset']}, after the end of the content")
         a,b = (min(max(turn.base+o, at), turn.end) for o in (d["begin_offset"], d["end_offset"]+1))
         res += [(at, a, False), (a, b, bool(d.get("train", True)))]
         at = max(at, b)
@@ -530,6 +555,10 @@ def chat_template(
     jinja = resolve_template(opts.chat_template, opts.chat_template_jinja, tokenizer.chat_template)
     if not jinja: raise UserError(f"datasets: {opts.path}: the tokenizer has no chat template: give `chat_template`, such as chatml")
     eos = tokenizer.eos_token
+    for k in opts.chat_template_kwargs or {}:
+        if k in ("messages","tools","add_generation_prompt") or k not in jinja: raise UserError(f"datasets: {opts.path}: `chat_template_kwargs`: " + (f"`{k}` is given by the data" if k in jinja else f"this chat template knows no `{k}`"))
+    for r in opts.roles_to_train or []:
+        if r not in role_names(opts) and (near := nearest(r, role_names(opts))): raise UserError(f"datasets: {opts.path}: `roles_to_train`: {r!r} is no role, did you mean `{near[0]}`?")
     template = ChatTemplate(jinja, tokenizer.special_tokens_map | (opts.chat_template_kwargs or {}), [*([eos] if eos else []), *(opts.eot_tokens or [])])
     if eos in (opts.eot_tokens or []) and opts.train_on_eot not in (None, opts.train_on_eos):
         raise UserError(f"datasets: {opts.path}: {eos} is the EOS token, so `train_on_eos: {opts.train_on_eos}` and `train_on_eot: {opts.train_on_eot}` contradict each other: take it out of `eot_tokens`")

@@ -49,6 +49,8 @@ def preview(
     from rich.console import Console
     from tuneforge.audit import preview as look
     from tuneforge.tokens import load_tokenizer
+    if html and not Path(html).resolve().parent.is_dir(): raise UserError(f"there is no folder {Path(html).parent}")
+    if html and json: raise UserError("give either --html or --json")
     p = look(cfg, load_tokenizer(cfg), row=row, filter=filter, n=random, max_odd=max_odd)
     if html: Path(html).write_text(p.page(), encoding="utf-8"), print(f"{html}: {len(p.views)} samples")
     elif json: print(p.as_json())

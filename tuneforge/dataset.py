@@ -85,7 +85,7 @@ def _read(entry, opts):
     try: return load_rows(entry)
     except UserError:
         files = local_files(entry) if is_local(entry.path) else []
-        if not files or any(f.suffix!=".jsonl" or not_utf8(f) for f in files): raise
+        if not files or any(f.suffix!=".jsonl" or not f.stat().st_size or not_utf8(f) for f in files): raise
         if opts.on_bad_row=="stop" and any(m for f in files for m in broken_lines(f)): raise
         lines = load_dataset("text", data_files=[str(f) for f in files], split="train").rename_column("text", "_line")
         return lines.filter(lambda o: bool(o["_line"].strip()), load_from_cache_file=False)
@@ -93,8 +93,8 @@ def _read(entry, opts):
 def _parse(line):
     "(row, what is wrong with it) of a line"
     try: row = json.loads(line)
-    except json.JSONDecodeError as e: return {},UserError(f"this line is not JSON: {e.msg} at character {e.colno}")
-    return (row,None) if isinstance(row, dict) else ({},UserError("a row is a JSON object, this is none"))
+    except json.JSONDecodeError as e: return {},UserError(f"this line is not JSON: {e.msg} (character {e.colno})")
+    return (row,None) if isinstance(row, dict) else ({},UserError(f"a row is a JSON object, this is {type(row).__name__}"))
 
 def _as_rows(batch):
     "(rows, index -> what is wrong) of a batch of columns"

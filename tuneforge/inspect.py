@@ -10,6 +10,7 @@ __all__ = ['Token', 'token_text', 'TokenView', 'show_samples']
 # %% ../nbs/16_inspect.ipynb #e852b97c
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from .tokens import IGNORE, Sample
 
 # %% ../nbs/16_inspect.ipynb #1e3a72dc
@@ -78,7 +79,9 @@ class TokenView:
     @property
     def n_trained(self): return sum(t.trained for t in self.tokens)
     def _caption(self): return f"{len(self.tokens)} tokens, {self.n_trained} trained"
-    def __repr__(self): return f"{self.title}\n"*bool(self.title)+"".join(f"[{t.text}]" if t.trained else t.text for t in self.tokens)+f"\n{self._caption()}"
+    def __repr__(self): # trained text stands in brackets
+        runs = [(on, "".join(t.text for t in ts)) for on,ts in groupby(self.tokens, lambda t: t.trained)]
+        return f"{self.title}\n"*bool(self.title)+"".join(f"[{s}]" if on else s for on,s in runs)+f"\n{self._caption()}"
 
 # %% ../nbs/16_inspect.ipynb #e61b49f1
 def _speakers(tokens):
@@ -97,7 +100,7 @@ def _rich(self):
         if who: res.append(f"▸{who} ", "magenta")
         style = "bold black on green" if t.trained else "dim"
         res.append(t.text if not t.special else f"‹{t.text}›", style+(" italic" if t.special else ""))
-    return res.append(f"\n{self._caption()}", "cyan")
+    return res.append(f"\n{self._caption()} ", "cyan").append("trained", "bold black on green").append(" read only", "dim")
 
 TokenView.__rich__ = _rich
 
@@ -140,5 +143,5 @@ def show_samples(
     from rich.console import Console
     for i in random.Random(seed).sample(range(len(ds)), min(n, len(ds))):
         view = TokenView(ds[i], tokenizer, f"sample {i}")
-        if text_only: print(view)
+        if text_only or not Console().is_terminal: print(view) # without colours, trained text stands in brackets
         else: Console().print(view, "")

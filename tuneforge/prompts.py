@@ -69,17 +69,31 @@ class PromptFormat:
     ) -> list[Segment]: # its text
         "The segments of a row. Raises `UserError` that begins with the column at fault."
         for c,t in self.columns.items():
-            has = ", ".join(f"`{k}`" for k,o in row.items() if o is not None)
-            need(row.get(c), t, c, f", which `type: {self.name}` needs; the row has {has}" if row.get(c) is None else "")
-        return self.segments(row)
+            need(row.get(c), t, c, f", which `type: {self.name}` needs; {_has(row)}" if row.get(c) is None else "")
+        segments = self.segments(row)
+        if not segments: raise UserError(f"there is no text in this row: {_has(row)}")
+        for s in segments:
+            if not s.text.isascii(): _encodable(s.text)
+        return segments
+
+def _has(row):
+    "What a row has, and the format that it looks like"
+    columns = [k for k,o in row.items() if o is not None]
+    like = next((t for names,t in ((("messages","conversations"), "chat_template"), (("text",), "completion")) if set(names) & set(columns)), None)
+    return (f"the row has {', '.join(f'`{k}`' for k in columns)}" if columns else "the row is empty")+(f", which looks like `type: {like}`" if like else "")
+
+def _encodable(text):
+    try: text.encode()
+    except UnicodeEncodeError as e: raise UserError(f"the text holds half a character ({text[e.start]!r}, a lone surrogate)") from e
 
 FORMATS = {} # name -> function of (`DatasetOptions`, tokenizer) that gives a `PromptFormat`
 
 def register(
     name:str, # as in the config's `type`
 ): # -> decorator
-    "File a function (`DatasetOptions`, tokenizer) -> `PromptFormat` under `name`"
+    "File a function (`DatasetOptions`, tokenizer) -> `PromptFormat` under `name`. Raises `UserError` for the name of a built-in format."
     def _f(make):
+        if name in FORMATS and FORMATS[name].__module__.startswith("tuneforge.") and not make.__module__.startswith("tuneforge."): raise UserError(f"there is a format called `{name}` already")
         FORMATS[name] = make
         return make
     return _f
@@ -372,8 +386,11 @@ def from_function(
     "A user's function as a format"
     more = {k: v for k,v in dict(entry=opts, tokenizer=tokenizer).items() if k in inspect.signature(f).parameters}
     def segments(row):
-        try: segs = [s if isinstance(s, Segment) else Segment(*s) for s in f(row, **more)]
-        except (KeyError, TypeError, AttributeError, IndexError) as e: raise UserError(f"{f.__name__} failed: {type(e).__name__}: {e}") from e
+        try:
+            made = f(row, **more)
+            if isinstance(made, str): raise TypeError("it returned a text; pairs of text and true or false are wanted")
+            segs = [s if isinstance(s, Segment) else Segment(*s) for s in made]
+        except Exception as e: raise UserError(f"{f.__name__} failed: {type(e).__name__}: {e}") from e # whatever the user's own code does
         if not segs or not all(isinstance(s.text, str) and isinstance(s.train, bool) for s in segs): raise UserError(f"{f.__name__} should return pairs of text and true or false, but returned {segs!r:.60}")
         closed = any(s.eos for s in segs) or not segs[-1].train
         return segs if closed else [*segs[:-1], replace(segs[-1], eos=1)]

@@ -68,6 +68,7 @@ def _load_local(files:list[Path]):
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
     if bad := [m for f in files if (m := not_utf8(f))]: raise UserError("\n".join(bad))
+    if empty := [str(f) for f in files if not f.stat().st_size]: raise UserError(f"datasets: {', '.join(empty)}: the file is empty")
     try: ds = load_dataset("json", data_files=[str(f) for f in files], split="train")
     except (DatasetGenerationError, ValueError) as e:
         msgs = [m for f in files for m in broken_lines(f)]

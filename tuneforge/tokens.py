@@ -182,7 +182,7 @@ def own_tokens(
 ) -> Sample: # without segments
     "A row's own tokens. Raises `UserError` where they are no tokens."
     columns = [c for c in ("input_ids","labels","attention_mask") if row.get(c) is not None]
-    values = [need(row[c], list, c) for c in columns]
+    values = [need(row[c].tolist() if isinstance(row[c], np.ndarray) else row[c], list, c) for c in columns]
     for c,v in zip(columns, values):
         if len(v)!=len(values[0]): raise UserError(f"{c} has {len(v)} entries, but input_ids has {len(values[0])}")
         odd = next((i for i,o in enumerate(v) if type(o) is not int or not (0<=o<n_vocab or c=="labels" and o==IGNORE)), None)
@@ -232,6 +232,7 @@ def entry_options(
 ) -> DatasetOptions: # typed
     "One `datasets` entry. Raises `UserError` for what isn't valid."
     if isinstance(entry, DatasetOptions): return entry
+    if not isinstance(entry, dict): raise UserError(f"an entry is a dict of keys, such as dict(type='alpaca'), not {entry!r:.40}")
     return Config(base_model="-", learning_rate=1, datasets=[dict(path="rows") | entry]).datasets[0] # the same checks as in a file
 
 def encode_rows(
@@ -242,7 +243,8 @@ def encode_rows(
     train_on_inputs:bool=False, # train prompts as well
 ) -> list[dict]: # `input_ids` and `labels`, in order; several for a row that is cut into pieces
     "Tokenise rows as training will, before any is dropped. Raises `UserError` with the number of a row that is no good."
-    opts = entry_options(entry)
+    if isinstance(rows, dict) or not all(isinstance(r, dict) for r in rows): raise UserError("rows are a list of dicts, or a dataset")
+    rows,opts = list(rows),entry_options(entry)
     fmt,res = prompt_format(opts, tokenizer),[]
     for at in range(0, len(rows), 1000):
         samples,errors = tokenise_rows(rows[at:at+1000], fmt, tokenizer, sequence_len, train_on_inputs)

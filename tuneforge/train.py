@@ -20,7 +20,7 @@ from .adapters import add_adapter, check_new_tokens
 from .attention import check_isolation, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
 from .checkpoint import Run, resume_from, write_text
-from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserError
+from .config import Config, log, ModelOptions, PackingOptions, TrainOptions, UserError
 from .dataset import Prepared, prepare_data
 from .derive import accumulation, eval_rows, fixed_length, interval
 from .inspect import show_samples
@@ -177,6 +177,7 @@ def stop_token_ids(
     for labels in ds.select(range(min(n, len(ds)))).with_format("numpy")["labels"]:
         ends = np.flatnonzero((labels!=IGNORE) & (np.append(labels[1:], IGNORE)==IGNORE))
         stops |= dict.fromkeys(int(i) for i in labels[ends] if int(i) in special)
+    if not stops: log.warning("no trained text ends with a special token: the model will not learn to stop. Perhaps the chat template ends turns with what is no token of this tokenizer; `tuneforge preview` shows it")
     return list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
 
 # %% ../nbs/33_train.ipynb #127c322c
