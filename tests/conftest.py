@@ -1,9 +1,13 @@
 "Settings for all tests: one thread, no network, a cache of their own; `--slow` adds what takes minutes"
 import os, tempfile
 import pytest
+from hypothesis import settings
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
 os.environ.setdefault("XDG_CACHE_HOME", os.path.join(tempfile.gettempdir(), f"tuneforge-tests-{os.getuid()}"))
+
+settings.register_profile("tuneforge", deadline=None) # no test asserts a wall time
+settings.load_profile("tuneforge")
 
 
 def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="slow cells and tests, too")
