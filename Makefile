@@ -31,7 +31,7 @@ export: $(READY) ## notebooks to tuneforge/, and clean them
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
 
 run: $(READY)    ## run a notebook and keep its outputs: make run NB=nbs/22_adapters.ipynb
-	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 $(BIN)/nbdev-test $(NB) --save
+	PYTHONWARNINGS=ignore::FutureWarning HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 $(BIN)/nbdev-test $(NB) --save
 	$(BIN)/nbdev-clean --fname $(NB)
 
 readme: $(READY) ## README.md from nbs/index.ipynb

@@ -25,3 +25,10 @@ def test_modules_are_exported(regenerated):
 def test_notebooks_are_clean(regenerated):
     dirty = [p.name for p in NOTEBOOKS if not cmp(p, regenerated/p.relative_to(ROOT), shallow=False)]
     assert not dirty, f"run `make export`: {dirty}"
+
+
+def test_pages_name_no_machine():
+    "Outputs hold no path of the machine that made them"
+    import json, re
+    bad = [f"{p.name}: {m[0]}" for p in NOTEBOOKS for c in json.loads(p.read_text())["cells"] if (m := re.search(r"\S*/site-packages/\S*|/tmp/tmp\w*|/home/\w+|/root/\w*", json.dumps(c.get("outputs", []))))]
+    assert not bad, bad
