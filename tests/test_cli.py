@@ -157,6 +157,9 @@ def test_wrong_type_of_field(d):
 def test_chat_message_without_content(d):
     write_jsonl(d/"chat.jsonl", [dict(messages=[dict(role="user", content="a"), dict(role="assistant")])])
     assert "chat.jsonl:1: messages[1].content is null" in mistake(d, data="chat.jsonl", type="chat_template")
+def test_formats_are_checked_with_all_the_rest(d):
+    said = mistake(d, "config", "check", "c.yml", type="alpca", more="sed: 1\nval_set_size: x")
+    assert "did you mean `alpaca`" in said and "did you mean `seed`" in said and "`val_set_size` is 'x'" in said and "3 problems" in said
 def test_empty_file(d):
     (d/"empty.jsonl").write_text("")
     assert "the file is empty" in mistake(d, data="empty.jsonl")

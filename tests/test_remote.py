@@ -68,6 +68,14 @@ def test_variables_are_not_told(site):
     with pytest.raises(ConfigError, match="may not read environment"): load_config(site+"/env.yml")
 
 
+def test_no_code_of_this_machine_is_named(site):
+    import tuneforge.chat
+    PAGES["/code.yml"] = GOOD.replace("path: x.jsonl", "path: x.jsonl, type: 'os:system'")
+    with pytest.raises(ConfigError, match="code.yml:2:34: `type: os:system`: a config from the network may not name code"): load_config(site+"/code.yml")
+    PAGES["/alpaca.yml"] = GOOD.replace("path: x.jsonl", "path: x.jsonl, type: 'alpaca:chat'")
+    assert load_config(site+"/alpaca.yml").datasets[0].type=="alpaca:chat"
+
+
 def test_an_unknown_certificate_is_refused(site):
     pem = os.environ.pop("SSL_CERT_FILE")
     try:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
-from .config import Config, DatasetOptions, log
-from .document import ConfigError, Problem, UserError, nearest
+from .config import CHECKS, DatasetOptions, log
+from .document import Document, Problem, UserError, nearest
+from .remote import is_url
 from .prompts import FORMATS, PromptFormat, Segment, find_format, kind, need, register
 from .templates import TEMPLATES, resolve_template
 
@@ -598,22 +599,31 @@ register("sharegpt")(_sharegpt)
 for _n in ("messages","messages.chat"): register(_n)(_internal)
 
 # %% ../nbs/12_chat.ipynb #c4ec0f02
-def _template_fault(where):
+def _template_fault(entry):
     "What is wrong with the template that an entry, or the whole config, names"
     from jinja2 import Environment, TemplateSyntaxError
-    try: text = resolve_template(where.chat_template, where.chat_template_jinja, "tokenizer's own")
+    choice,jinja = (entry.get(k) if isinstance(entry.get(k), str) else None for k in ("chat_template","chat_template_jinja"))
+    try: text = resolve_template(choice, jinja, "tokenizer's own")
     except UserError as e: return str(e)
     try: Environment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text or ""))
     except TemplateSyntaxError as e: return f"this chat template is no Jinja: {e.message} (line {e.lineno} of the template)"
 
+def _format_fault(name, mark):
+    "What is wrong with a `type`"
+    if mark and is_url(mark.file) and name not in FORMATS and re.fullmatch(r"[\w.]+:\w+", name) and not name.startswith("sharegpt"): return f"`type: {name}`: a config from the network may not name code of this machine"
+    try: find_format(name)
+    except UserError as e: return str(e)
+
 def check_formats(
-    cfg:Config, # all options
-):
-    "Raise `ConfigError` for formats and templates that don't exist, each with its place"
-    found,entries = [],[((n,i), e) for n in ("datasets","test_datasets") for i,e in enumerate(getattr(cfg, n) or []) if e.kind=="supervised"]
+    values:dict, # plain values of a config
+    doc:Document, # where they stand
+): # -> iterator of `Problem`
+    "Formats and templates that don't exist"
+    lists = [(n, values[n]) for n in ("datasets","test_datasets") if isinstance(values.get(n), list)]
+    entries = [((n,i), e) for n,l in lists for i,e in enumerate(l) if isinstance(e, dict) and e.get("kind")=="supervised"]
     for path,e in entries:
-        try: isinstance(e.type, str) and find_format(e.type)
-        except UserError as err: found.append(Problem(str(err), path+("type",), "value"))
-    for path,o in [((), cfg), *entries]:
-        if said := _template_fault(o): found.append(Problem(said, path+("chat_template_jinja" if o.chat_template_jinja else "chat_template",), "value"))
-    if found: raise ConfigError([cfg.place(p) for p in found])
+        if isinstance(e.get("type"), str) and (said := _format_fault(e["type"], doc.marks.get(path+("type",)))): yield Problem(said, path+("type",), "value")
+    for path,e in [((), values), *entries]:
+        if said := _template_fault(e): yield Problem(said, path+("chat_template_jinja" if e.get("chat_template_jinja") else "chat_template",), "value")
+
+if check_formats not in CHECKS: CHECKS.append(check_formats)

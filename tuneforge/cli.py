@@ -139,9 +139,8 @@ def config_check(
 ):
     "Find everything that is wrong with a config"
     from tuneforge.config import load_config
-    from tuneforge.chat import check_formats
+    import tuneforge.chat # so that formats and templates are checked, too
     cfg = load_config(configs, overrides) # says its notes itself
-    check_formats(cfg)
     print(f"{', '.join(configs)}: {len(cfg.explicit())} keys, nothing wrong")
 
 def config_show(
@@ -218,12 +217,6 @@ def _numbers(args, rest):
         res.append(at)
     return res
 
-def _checked(cfg):
-    "A config whose formats and templates exist, too"
-    from tuneforge.chat import check_formats
-    check_formats(cfg)
-    return cfg
-
 def unknown_command(
     args:list[str], # of the command line
 ) -> str: # the message
@@ -239,6 +232,7 @@ def run_command(
     args:list[str], # what follows it
 ):
     "Parse the arguments of a command and call it. Raises `UserError`."
+    import tuneforge.chat # so that formats and templates are checked, too
     from tuneforge.config import load_config, parse_overrides
     f,skip = COMMANDS[name],len(name.split())
     known,rest = _parser(name, f).parse_known_args(args)
@@ -247,7 +241,7 @@ def run_command(
     if "keys" in takes: return f(keys=rest, **kw)
     words,options = rest[:n],parse_overrides(rest[n:], [i+skip for i in _numbers(args, rest)[n:]])
     if ("cfg" in takes or "configs" in takes) and not words: raise UserError(f"name a config, before the options: tuneforge {name} lora.yml"+(" --lora-r 8" if rest else ""))
-    if "cfg" in takes: return f(cfg=_checked(load_config(words, options)), **kw)
+    if "cfg" in takes: return f(cfg=load_config(words, options), **kw)
     if "configs" in takes: return f(configs=words, overrides=options, **kw)
     if rest: raise UserError(f"`tuneforge {name}` takes no {rest[0]!r}: see tuneforge {name} --help")
     return f(**kw)
