@@ -3,6 +3,7 @@ import ast, inspect, re, sys
 from importlib import import_module
 import pytest
 from fastcore.docments import docments
+from fastcore.nbio import read_nb
 from tests.tools import NOTEBOOKS, ROOT, code_cells, is_exported, module_of, run
 
 MODULES = {module_of(nb): nb for nb in NOTEBOOKS if module_of(nb)}
@@ -63,3 +64,10 @@ def test_public_functions_are_documented(name):
         bare += [f"{n}({p})" for p in named if not docs.get(p)]
         if not f.__doc__ and f.__name__!="__init__" and len(inspect.getsource(f).splitlines())>1: bare.append(f"{n}: no docstring")
     assert not bare
+
+
+@pytest.mark.parametrize("nb", [nb for nb in MODULES.values()], ids=lambda p: p.stem)
+def test_pages_are_no_dumps(nb):
+    "At most three exported cells follow each other without a word or an example"
+    kinds = "".join("x" if c.cell_type=="code" and is_exported(c.source) else "." for c in read_nb(nb).cells)
+    assert "xxxx" not in kinds, kinds

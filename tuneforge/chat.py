@@ -261,6 +261,21 @@ def _turn(text, messages, i, found, low, high, template, block):
     bases = {p-o for o,p in e.at if o is not None} if e else set()
     return Turn(i, start, stop[0], stop[1], bases.pop() if len(bases)==1 else None, opened)
 
+# %% ../nbs/12_chat.ipynb #c4ec0f12
+def _refuse_losses(messages, template, tools, wanted, missing):
+    "What a trained message says must be there; that anything else is left out is said once"
+    for i,lost in missing.items():
+        m,kinds = messages[i],{k for k,_ in lost}
+        if i in wanted and "call" in kinds: raise UserError(f"messages[{i}].tool_calls: this chat template leaves them out; take one that writes them, such as the model's own")
+        thinking = [p.search(m["content"]).span() for p in _THINKING if p.search(m["content"])] if isinstance(m.get("content"), str) else []
+        if i in wanted and any(k=="content" and not any(a<=o<b for a,b in thinking) for k,o in lost): raise UserError(f"messages[{i}]: the chat template leaves out what it says, or a part of it")
+        if "thinking" in kinds: _say_once("the chat template leaves out the thinking of some answers")
+        elif "content" in kinds and i not in wanted: _say_once(f"the chat template leaves out messages of the role `{m['role']}`")
+    if tools and "tools" not in template.text: _say_once("the chat template does not write the `tools` of a conversation: the model will not know what it may call")
+
+def _says(m): # thinking may well be left out
+    return bool(m.get("tool_calls")) or isinstance(m.get("content"), str) and bool(split_thinking(m["content"])[1].strip())
+
 # %% ../nbs/12_chat.ipynb #50314bb9
 def _blocks(messages, blocks, found):
     "message -> its `{% generation %}` block"
@@ -299,21 +314,6 @@ def _next_starts(n, found, length):
         res[i] = after.get(i, least)
         if i in found: least = min(least, found[i].start)
     return res
-
-# %% ../nbs/12_chat.ipynb #c4ec0f12
-def _refuse_losses(messages, template, tools, wanted, missing):
-    "What a trained message says must be there; that anything else is left out is said once"
-    for i,lost in missing.items():
-        m,kinds = messages[i],{k for k,_ in lost}
-        if i in wanted and "call" in kinds: raise UserError(f"messages[{i}].tool_calls: this chat template leaves them out; take one that writes them, such as the model's own")
-        thinking = [p.search(m["content"]).span() for p in _THINKING if p.search(m["content"])] if isinstance(m.get("content"), str) else []
-        if i in wanted and any(k=="content" and not any(a<=o<b for a,b in thinking) for k,o in lost): raise UserError(f"messages[{i}]: the chat template leaves out what it says, or a part of it")
-        if "thinking" in kinds: _say_once("the chat template leaves out the thinking of some answers")
-        elif "content" in kinds and i not in wanted: _say_once(f"the chat template leaves out messages of the role `{m['role']}`")
-    if tools and "tools" not in template.text: _say_once("the chat template does not write the `tools` of a conversation: the model will not know what it may call")
-
-def _says(m): # thinking may well be left out
-    return bool(m.get("tool_calls")) or isinstance(m.get("content"), str) and bool(split_thinking(m["content"])[1].strip())
 
 # %% ../nbs/12_chat.ipynb #a8449225
 ROLES = dict(user=["human","user"], assistant=["gpt","assistant"], system=["system"], tool=["tool"])
