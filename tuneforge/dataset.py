@@ -184,13 +184,16 @@ def walk(
     "Tokenise rows again, with what prepared data no longer know: segments, roles, reasons"
     entry = with_defaults(entry, opts)
     fmt,ds = prompt_format(entry, tokenizer),_read(entry, opts)
-    numbers = list(range(1, len(ds)+1)) if numbers is None else numbers
+    for n,_,samples,error in _each(ds, list(range(1, len(ds)+1)) if numbers is None else numbers, fmt, opts, tokenizer, want_offsets): yield n,samples,error
+
+def _each(ds, numbers, fmt, opts, tokenizer, want_offsets=False):
+    "(number, row, its samples, what is wrong with it) of some rows, tokenised in batches"
     for a in range(0, len(numbers), 1000):
         part = numbers[a:a+1000]
         rows,broken = _as_rows(ds[[n-1 for n in part]])
         samples,errors = tokenise_rows(rows, fmt, tokenizer, opts.sequence_len, opts.train_on_inputs, want_offsets)
         errors |= broken
-        for i,n in enumerate(part): yield n,[] if i in errors else samples[i],errors.get(i)
+        for i,n in enumerate(part): yield n,rows[i],[] if i in errors else samples[i],errors.get(i)
 
 # %% ../nbs/14_dataset.ipynb #4ffe839c
 def compare_prompts(
@@ -202,16 +205,13 @@ def compare_prompts(
     "Compare inference prompts with training tokens"
     entry = with_defaults(entry, opts)
     fmt,ds = prompt_format(entry, tokenizer),_read(entry, opts)
-    where = np.unique(np.linspace(0, len(ds)-1, min(n or len(ds), len(ds))).astype(int)).tolist()
+    numbers = np.unique(np.linspace(1, len(ds), min(n or len(ds), len(ds))).astype(int)).tolist()
     compared,differ,good = 0,[],[]
-    for a in range(0, len(where), 1000):
-        rows,broken = _as_rows(ds[where[a:a+1000]])
-        samples,errors = tokenise_rows(rows, fmt, tokenizer, opts.sequence_len)
-        for i,(row,s) in enumerate(zip(rows, samples)):
-            if i in errors or i in broken or not (s and s[0].segments): continue
-            compared += 1
-            if d := disagreement(fmt, tokenizer, row, s[0]): differ.append((where[a+i]+1, d))
-            elif len(s[0])<=opts.sequence_len: good.append(row)
+    for number,row,s,_ in _each(ds, numbers, fmt, opts, tokenizer):
+        if not (s and s[0].segments): continue
+        compared += 1
+        if d := disagreement(fmt, tokenizer, row, s[0]): differ.append((number, d))
+        elif len(s[0])<=opts.sequence_len: good.append(row)
     differ = [f"{p}: {d}" for p,(_,d) in zip(row_places(entry, [n for n,_ in differ]), differ)]
     return compared,differ,golden_prompts(good[::max(1, len(good)//3)][:3], fmt, tokenizer)
 
