@@ -1,10 +1,9 @@
 "The audit counts what training sees; the preview shows what was asked for"
 import json
-import numpy as np, pytest
+import pytest
 from tests.tools import write_jsonl
-from tuneforge.audit import Audit, SampleBrowser, audit, choose, filtered, preview
-from tuneforge.config import DatasetOptions, UserError, load_config
-from tuneforge.inspect import TokenView
+from tuneforge.audit import SampleBrowser, audit, choose, filtered, preview
+from tuneforge.config import UserError, load_config
 from tuneforge.tokens import IGNORE, encode_rows, load_tokenizer
 
 CHAT = [dict(messages=[dict(role=("user", "assistant")[i%2], content=f"{'word '*(n%7+1)}{n}") for i in range(2*(n%3+1))]) for n in range(30)]

@@ -2,7 +2,7 @@
 import json
 import pytest
 from hypothesis import given, strategies as st
-from tuneforge.document import ConfigError, Document, Mark, Problem, UserError, expand, nearest, one_slip
+from tuneforge.document import ConfigError, Document, Mark, expand, nearest, one_slip
 
 def brute(a, b):
     "Optimal string alignment by its recursive definition"

@@ -2,8 +2,8 @@
 import json, re
 import jsonschema, pytest, yaml
 from tuneforge.config import load_config
-from tuneforge.document import ConfigError, UserError
-from tuneforge.explain import NewConfig, ask_new, config_rows, explain, first_row, json_schema, sniff_format
+from tuneforge.document import UserError
+from tuneforge.explain import NewConfig, config_rows, explain, first_row, json_schema, sniff_format
 from tuneforge.options import AllOptions, DatasetOptions, NOT_YET
 from tests.tools import ROOT, run, tuneforge
 

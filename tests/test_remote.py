@@ -1,10 +1,10 @@
 "A config from an https address: a real TLS server on loopback, friendly and hostile"
-import hashlib, os, socket, ssl, threading
+import hashlib, os, ssl, threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest, trustme
 from tuneforge.config import load_config
 from tuneforge.document import ConfigError, UserError
-from tuneforge.remote import MAX_BYTES, fetch_text, is_private
+from tuneforge.remote import MAX_BYTES, is_private
 
 GOOD = "base_model: tiny:llama\ndatasets: [{path: x.jsonl}]\nlearning_rate: 1e-4\n"
 PAGES = {"/c.yml": GOOD, "/sub/mine.yml": "extends: ../c.yml\nseed: 5\n", "/env.yml": GOOD+"output_dir: ${HOME}/x\n", "/page.yml": "<!doctype html><html>", "/big.yml": "# "+"x"*(MAX_BYTES+10), "/typo.yml": GOOD+"sed: 1\n", "/bytes.yml": b"a: \xff"}

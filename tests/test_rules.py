@@ -5,7 +5,7 @@ import pytest, yaml
 from tuneforge.document import ConfigError
 from tuneforge.config import load_config
 from tuneforge.options import AllOptions
-from tuneforge.rules import NEEDS, NOTES, ONE_OF, RULES, holds
+from tuneforge.rules import NEEDS, NOTES, ONE_OF, RULES
 
 BASE = dict(base_model="x", datasets=[dict(path="y", type="alpaca")], learning_rate=1e-4)
 HAND = dict(datasets=[dict(path="z")], test_datasets=[dict(path="z")], pretraining_dataset=[dict(path="z")], gpu_memory_limit="1GiB", max_memory={0: "1GiB"}, lr_groups=[dict(name="a", modules=["b"], lr=1)],

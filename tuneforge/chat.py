@@ -14,7 +14,6 @@ import json,re
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any
 from .config import CHECKS, DatasetOptions, log
 from .document import Document, Problem, UserError, nearest
 from .remote import is_url

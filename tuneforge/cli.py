@@ -139,7 +139,6 @@ def config_check(
 ):
     "Find everything that is wrong with a config"
     from tuneforge.config import load_config
-    import tuneforge.chat # so that formats and templates are checked, too
     cfg = load_config(configs, overrides) # says its notes itself
     print(f"{', '.join(configs)}: {len(cfg.explicit())} keys, nothing wrong")
 
@@ -232,7 +231,6 @@ def run_command(
     args:list[str], # what follows it
 ):
     "Parse the arguments of a command and call it. Raises `UserError`."
-    import tuneforge.chat # so that formats and templates are checked, too
     from tuneforge.config import load_config, parse_overrides
     f,skip = COMMANDS[name],len(name.split())
     known,rest = _parser(name, f).parse_known_args(args)
@@ -240,7 +238,8 @@ def run_command(
     n = next((i for i,r in enumerate(rest) if r.startswith("--")), len(rest))
     if "keys" in takes: return f(keys=rest, **kw)
     words,options = rest[:n],parse_overrides(rest[n:], [i+skip for i in _numbers(args, rest)[n:]])
-    if ("cfg" in takes or "configs" in takes) and not words: raise UserError(f"name a config, before the options: tuneforge {name} lora.yml"+(" --lora-r 8" if rest else ""))
+    if {"cfg","configs"} & takes: import tuneforge.chat # so that formats and templates are checked, too
+    if {"cfg","configs"} & takes and not words: raise UserError(f"name a config, before the options: tuneforge {name} lora.yml"+(" --lora-r 8" if rest else ""))
     if "cfg" in takes: return f(cfg=load_config(words, options), **kw)
     if "configs" in takes: return f(configs=words, overrides=options, **kw)
     if rest: raise UserError(f"`tuneforge {name}` takes no {rest[0]!r}: see tuneforge {name} --help")

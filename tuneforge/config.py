@@ -17,7 +17,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from fastcore.basics import patch
 from pydantic import PrivateAttr, SecretStr, ValidationError
-from .derive import accumulation, derived, interval
+from .derive import derived
 from .document import ConfigError, Document, Mark, Problem, UserError, did_you_mean, nearest, one_slip
 from .options import *
 from .options import ELSEWHERE, HARMLESS, MOVED, NOT_YET, RENAMED, SYNONYMS
@@ -130,8 +130,8 @@ def rename(self:_Passes):
     "Give old keys their present names; what the command line says wins under either name"
     laid_over = lambda p: (m := self.doc.keys.get(p)) is not None and m.column==0
     for path,e,_ in list(self.entries()):
-        prefix = "datasets." if path[:1]!=("special_tokens",) and path else ""
-        for old,new in [(k.removeprefix(prefix),v) for k,v in RENAMED.items() if k.startswith("datasets.")==bool(prefix)]:
+        prefix = _prefix(path)
+        for old,new in [(k[len(prefix):],v) for k,v in RENAMED.items() if k.startswith(prefix) and "." not in k[len(prefix):]]:
             if old not in e: continue
             if new in e and laid_over(path+(new,)) and not laid_over(path+(old,)):
                 del e[old]
@@ -209,7 +209,8 @@ def blanks(self:_Passes):
 
 # %% ../nbs/05_config.ipynb #f36ca61b
 def _wants(v, f): return v not in OFF and v!=f.default
-def _prefix(path): return {(): "", ("special_tokens",): "special_tokens."}.get(path, "datasets.")
+def _prefix(path): # of the names in the tables
+    return {(): "", ("special_tokens",): "special_tokens."}.get(path, "datasets.type." if path[-1:]==("type",) else "datasets.")
 
 @patch
 def harmless(self:_Passes):
@@ -337,7 +338,8 @@ def where(
     for p in (path, path[:-1]+(old.get(path[-1], path[-1]),)):
         if p in self._doc.keys: return self._doc.keys[p].short()
     if path[0] in self.model_fields_set: return next((self._doc.keys[path[:i]].short() for i in range(len(path)-1, 0, -1) if path[:i] in self._doc.keys), "Python")
-    return f"derived: {derived(self)[path[0]][1]}" if path[0] in derived(self) else "default"
+    follows = derived(self)
+    return f"derived: {follows[path[0]][1]}" if path[0] in follows else "default"
 
 @patch
 def replace(
@@ -357,10 +359,10 @@ def rows(
     all:bool=False, # also every default
 ) -> list[tuple[str,Any,str]]: # (key, value, where it comes from)
     "What the config says, key by key, and where each value comes from; secrets are hidden"
-    given = sorted(self.model_fields_set, key=self._order)
-    res = [(name, v, self.where(*path)) for k in given for name,v,path in _leaves(k, getattr(self, k), (k,)) if k not in derived(self)]
-    if resolved or all: res += [(k, v, f"derived: {why}") for k,(v,why) in derived(self).items()]
-    return res + [(k, getattr(self, k), "default") for k in type(self).model_fields if all and k not in self.model_fields_set and k not in derived(self) and k not in NOT_YET]
+    follows,given = derived(self),sorted(self.model_fields_set, key=self._order)
+    res = [(name, v, self.where(*path)) for k in given for name,v,path in _leaves(k, getattr(self, k), (k,)) if k not in follows]
+    if resolved or all: res += [(k, v, f"derived: {why}") for k,(v,why) in follows.items()]
+    return res + [(k, getattr(self, k), "default") for k in type(self).model_fields if all and k not in {*self.model_fields_set, *follows, *NOT_YET}]
 
 @patch
 def _order(self:Config, key):

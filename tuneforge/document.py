@@ -12,7 +12,6 @@ __all__ = ['MAX_NODES', 'UserError', 'Mark', 'Problem', 'ConfigError', 'one_slip
 import os,re
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Iterator, Literal
 import yaml
 from fastcore.basics import patch

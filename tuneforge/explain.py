@@ -13,10 +13,10 @@ import json
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from .config import PLACES, Config, ELSEWHERE, HARMLESS, MOVED, NOT_YET, RENAMED, field_names, load_config
+from .config import PLACES, Config, ELSEWHERE, HARMLESS, MOVED, NOT_YET, RENAMED, field_names
 from .document import ConfigError, Document, UserError, did_you_mean
 from .options import AllOptions, topic, type_in_words
-from .rules import NEEDS, OFF, ONE_OF, in_yaml
+from .rules import NEEDS, ONE_OF, in_yaml
 
 # %% ../nbs/06_explain.ipynb #71f824d8
 def _find(key):
@@ -31,7 +31,7 @@ def _find(key):
     raise UserError(f"there is no key `{key}`"+did_you_mean(name, {k for g in PLACES.values() for k in field_names(g)}))
 
 def _status(place, name):
-    path = f"datasets.{name}" if place.startswith("datasets") else name
+    path = f"{place.replace('[]', '')}.{name}" if place else name
     values = [k.split("=")[1] for k in NOT_YET if k.startswith(f"{path}=")]
     if path in NOT_YET: return f"not supported yet: {NOT_YET[path]}"
     if path in HARMLESS: return f"accepted, says nothing: {HARMLESS[path]}"

@@ -21,7 +21,6 @@ from html import escape
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
-from .document import UserError
 
 # %% ../nbs/01_options.ipynb #238806da
 def _frozen(self, *args, **kwargs): raise AttributeError("a config is frozen: make another one with `cfg.replace(…)`")
@@ -331,7 +330,7 @@ class CustomFormat(Options):
     field_output:str = _opt("output", "column of the response")
     format:str = _opt("{instruction} {input} ", "the prompt, where there is an input")
     no_input_format:str = _opt("{instruction} ", "the prompt, where there is none")
-    field:str|None = _opt(None, "column of a `completion` text instead")
+    field:str|None = _opt(None, "of Axolotl's documentation; `completion` names its column beside `type`")
 
 class FormatOptions(SourceOptions):
     "How the rows of a dataset become text"
@@ -768,7 +767,7 @@ MOVED = {"rope_scaling": "it belongs to the model's own config.json, or under `o
 # %% ../nbs/01_options.ipynb #8c4a08e6
 HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated", "sample_packing_group_size": "a look-ahead of a few thousand samples fills the rows", "sample_packing_bin_size": "a row holds as many samples as fit",
     "sample_packing_mp_start_method": "packing needs no processes", "total_num_tokens": "tokens are counted", "total_supervised_tokens": "tokens are counted", "multipack_real_batches": "rows of a packed batch are always kept apart",
-    "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves",
+    "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "datasets.type.field": "`completion` names its column beside `type`",
     "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "tokenizer_use_fast": "only fast tokenizers are used",
     **{f"is_{o}_derived_model": "the architecture is read from the model's config" for o in ("falcon","llama","mistral","qwen")}}
 "Keys that are accepted and say nothing, with the reason; a note repeats it"

@@ -9,7 +9,6 @@ __all__ = ['RULES', 'NOTES', 'OFF', 'ONE_OF', 'NEEDS', 'rule', 'note', 'check_ru
 
 # %% ../nbs/02_rules.ipynb #de8f2bed
 import re
-from typing import Iterator
 from .document import Problem
 from .options import AllOptions, LoraOptions
 

@@ -9,7 +9,7 @@ __all__ = ['total_steps', 'plan_run', 'PlanLoader', 'causal_loss', 'ForgeTrainer
            'stop_token_ids', 'make_trainer', 'step_tokens', 'train', 'save_run']
 
 # %% ../nbs/33_train.ipynb #4302daee
-import json,math,os,time
+import json,math,os
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
@@ -20,7 +20,7 @@ from .adapters import add_adapter, check_new_tokens
 from .attention import check_isolation, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
 from .checkpoint import Run, resume_from, write_text
-from .config import Config, log, ModelOptions, PackingOptions, TrainOptions, UserError
+from .config import Config, ModelOptions, TrainOptions, log
 from .dataset import Prepared, prepare_data
 from .derive import accumulation, eval_rows, fixed_length, interval
 from .inspect import show_samples
