@@ -83,8 +83,8 @@ def test_inference_agrees_with_training(name, kind):
     tok = tokenizer(kind)
     rows = [dict(messages=conversation(["Where does Bagol live?", "In Coldmere.", "And Dimul?", "Foxbury"][:n])) for n in (2, 4)]
     fmt = prompt_format(DatasetOptions(path="x", chat_template=name, **FORMAL), tok)
-    samples, _ = tokenise_rows(rows, fmt, tok, 2048)
-    assert [disagreement(fmt, tok, r, s[0]) for r, s in zip(rows, samples)]==[None, None]
+    batch, row, _ = tokenise_rows(rows, fmt, tok, 2048)
+    assert [disagreement(fmt, tok, r, s) for r, s in zip(rows, batch)]==[None, None]
 
 
 # thinking, tools, templates of other kinds
