@@ -227,11 +227,6 @@ def test_whatever_rows_say(rows, kind, bos):
     assert encode_rows(rows, dict(type="alpaca"), tok)==[by_hand(tok, prompt(r), r["output"]) for r in rows]
 
 
-def test_templates_that_only_their_models_bring():
-    from tuneforge.templates import resolve_template
-    with pytest.raises(UserError, match="write `chat_template: tokenizer_default`"): resolve_template("pixtral", None, None)
-
-
 def test_own_code_that_fails_is_a_bad_row():
     def boom(row): return 1/0
     fmt = from_function(boom, DatasetOptions(path="x"))

@@ -189,11 +189,12 @@ _EMPTY = re.compile(r"\s*(?:<(\w+)>\s*</\1>|\[THINK\]\s*\[/THINK\])\s*")
 def _answer(text, e, low, high, opens, calls):
     "(first character of an answer that lies between `low` and `high`, whether a prompt ends there)"
     first = e.start if e else high
-    for o in opens:
-        p = text.rfind(o, low, first) if e else text.find(o, low, high)
-        if p>=0:
-            empty = _EMPTY.fullmatch(text, p+len(o), e.start) if e else _EMPTY.match(text, p+len(o), high)
-            return (empty.end() if empty else p+len(o)),True
+    hits = [(p, p+len(o)) for o in opens if (p := text.rfind(o, low, first) if e else text.find(o, low, high))>=0]
+    if e is None: hits = [h for h in hits if h[0]<min(b for _,b in hits)] # not of a later answer
+    if hits:
+        at = hits[0][1]
+        empty = _EMPTY.fullmatch(text, at, e.start) if e else _EMPTY.match(text, at, high)
+        return (empty.end() if empty else at),True
     if e is None: return None,False
     if calls and not any(o is not None for o,_ in e.at): raise UserError("messages: this template has no generation prompt, so it cannot be known where an answer that only calls tools begins")
     tag = re.search(r"(?:<[^<>\s]+>|\[THINK\])\s*\Z", text[low:e.start]) if TAGS.search(text[low:e.start]) else None
