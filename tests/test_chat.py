@@ -422,8 +422,8 @@ def test_whole_conversations(name):
     assert "".join(f"«{s.text}»" if s.train else s.text for s in fmt(row)).replace("»«", "")==want
     for n in [i for i, m in enumerate(messages) if m["role"]=="assistant"]: # each answer's prompt begins the text that is trained
         part = dict(row, messages=messages[:n+1])
-        samples, _ = tokenise_rows([part], fmt, tok, 10000)
-        if messages[n].get("reasoning_content") or name not in MORE: assert disagreement(fmt, tok, part, samples[0][0]) is None
+        batch, row_of, _ = tokenise_rows([part], fmt, tok, 10000)
+        if messages[n].get("reasoning_content") or name not in MORE: assert disagreement(fmt, tok, part, batch[0]) is None
 
 
 PICTURE = dict(role="user", content=[dict(type="text", text="What is it?"), dict(type="image")])

@@ -264,6 +264,7 @@ def _with_own(batch, own):
     return Batch(np.concatenate([batch.ids, *(s.input_ids for s in more)]), np.concatenate([batch.labels, *(s.labels for s in more)]), np.append(batch.ends, ends).astype(np.int64),
         np.append(batch.cut, np.zeros(len(more), bool)), np.append(batch.source, len(batch.segments)+np.arange(len(more))), batch.segments+[[]]*len(more), batch.own, batch.spans)
 
+# %% ../nbs/13_tokens.ipynb #29256b76
 @_no_gc()
 def tokenise_rows(
     rows:list[dict], # a batch
