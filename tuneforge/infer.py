@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from .adapters import adapter_folder
 from .config import Config, CustomFormat, DatasetOptions, UserError
-from .models import load_model
+from .models import finished, load_model
 from .prompts import ALIASES, INSTRUCT, prompt_format, with_defaults
 from .tokens import bos_ids, check_golden, load_tokenizer, prompt_ids
 
@@ -25,8 +25,8 @@ def load_finetuned(
     folder,tokenizer = Path(cfg.lora_model_dir or cfg.output_dir),load_tokenizer(cfg)
     if cfg.adapter or cfg.lora_model_dir:
         from peft import PeftModel
-        model = PeftModel.from_pretrained(load_model(cfg, tokenizer), str(adapter_folder(folder)))
-    elif (folder/"config.json").is_file(): model = load_model(cfg.model_copy(update=dict(base_model=str(folder), revision_of_model=None)), tokenizer)
+        model = PeftModel.from_pretrained(load_model(cfg, tokenizer), str(adapter_folder(folder)), torch_device="cpu")
+    elif (folder/"config.json").is_file(): model = load_model(finished(cfg, folder), tokenizer)
     else: raise UserError(f"there is no model in {folder} (`output_dir`): run `tuneforge train` first")
     if (folder/"generation_config.json").is_file(): model.generation_config = type(model.generation_config).from_pretrained(folder)
     if (folder/"golden_prompts.json").is_file():

@@ -15,7 +15,8 @@ import torch
 from .adapters import adapter_folder
 from .checkpoint import write_text
 from .config import Config, UserError
-from .models import load_model
+from .models import load_model, model_config
+from .precision import made_with
 from .tokens import load_tokenizer
 
 # %% ../nbs/50_merge.ipynb #03cd0848
@@ -51,7 +52,7 @@ def drift(
 def _with_adapter(cfg, folder, tokenizer):
     from peft import PeftModel
     base = load_model(cfg.model_copy(update=dict(load_in_4bit=False, load_in_8bit=False)), tokenizer)
-    return PeftModel.from_pretrained(base, str(folder))
+    return PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
 
 def _save(model, tokenizer, folder, out):
     "Write the merged model to `out`"
@@ -71,6 +72,7 @@ def merge(
     folder = adapter_folder(cfg.lora_model_dir or cfg.output_dir)
     out = Path(out or folder/"merged")
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
+    if (method := made_with(model_config(cfg))) in ("gptq","awq"): raise UserError(f"an adapter cannot be merged into weights in {method.upper()}: serve it beside its base, or name the base that was not quantised as `base_model`")
     tokenizer = load_tokenizer(cfg)
     model = _with_adapter(cfg, folder, tokenizer)
     before = probe_logits(model)

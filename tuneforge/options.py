@@ -79,14 +79,10 @@ def _block(t, args):
 def _table(**topics): return {k: advice for keys,advice in topics.values() for k in keys.split()}
 
 NOT_YET = _table(
-    half=("bf16=full", "use `bfloat16: true`"), tf32=("tf32=auto", "say true or false"), noise=("neftune_noise_alpha loraplus_lr_ratio loraplus_lr_embedding", "remove it: the run works without"),
+    noise=("neftune_noise_alpha loraplus_lr_ratio loraplus_lr_embedding", "remove it: the run works without"),
     texts=("pretraining_dataset streaming", "name the texts under `datasets`, with `type: completion`"), token=("hf_use_auth_token", "remove it: a token from `hf auth login` or `HF_TOKEN` is used by itself"),
     loading=("dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor accelerator_config", "remove it: batches are made while the last one is computed"),
-    model=("base_model_config base_model_ignore_patterns trust_remote_code cls_model_config processor_type model_kwargs overrides_of_model_config tokenizer_legacy "
-        "tokens added_tokens_overrides resize_token_embeddings_to_32x mean_resizing_embeddings fix_untrained_tokens special_tokens.additional_special_tokens",
-        "save the model or tokenizer with these changes first, and name its folder as `base_model`"),
-    quant=("bnb_config_kwargs gptq gptq_disable_exllama qlora_sharded_model_loading", "use `load_in_4bit` or `load_in_8bit`"),
-    place=("gpu_memory_limit max_memory low_cpu_mem_usage lora_on_cpu device_map device", "remove it: the model goes to the best device"),
+    model=("processor_type", "remove it: only text is trained here"), quant=("qlora_sharded_model_loading", "remove it: each device loads the quantised model"),
     attention=("flex_attention flex_attn_compile_kwargs xformers_attention s2_attention flash_optimum attn_implementation=flash_attention_3 attn_implementation=flash_attention_4 "
         "attn_implementation=flex_attention attn_implementation=xformers", "use `flash_attention`, `sdp_attention` or `eager_attention`"),
     kernels=("torch_compile torch_compile_backend torch_compile_mode chunked_cross_entropy chunked_cross_entropy_num_chunks cut_cross_entropy liger_rope liger_rms_norm liger_layer_norm liger_glu_activation "
@@ -227,6 +223,7 @@ class PrecisionOptions(Options):
     tf32:bool|Literal["auto"]|None = _opt(None, "let matrix products of float32 use TF32 on GPUs that have it")
     load_in_8bit:bool = _opt(False, "quantise the base to 8 bit (bitsandbytes); needs an adapter")
     load_in_4bit:bool = _opt(False, "quantise the base to 4 bit NF4 (bitsandbytes); needs an adapter")
+    quantize_moe_experts:bool|None = _opt(None, "with 4 bits: the experts of a mixture, too; blank: yes. An adapter on experts (`lora_target_parameters`) needs false")
     bnb_config_kwargs:dict|None = _opt(None, "more settings of bitsandbytes, such as `llm_int8_has_fp16_weight`")
     gptq:bool = _opt(False, "the base is quantised with GPTQ")
     gptq_disable_exllama:bool|None = _opt(None, "compute GPTQ layers without the ExLlama kernels")
@@ -241,7 +238,7 @@ class PlacementOptions(Options):
     low_cpu_mem_usage:bool|None = _opt(None, "load the weights without a second copy in memory")
     lora_on_cpu:bool = _opt(False, "load the adapter into the memory of the CPU")
     device_map:str|dict|None = _opt(None, "device of each part of the model; `auto` spreads it")
-    device:str|None = _opt(None, "device to use, if not the best there is")
+    device:str|None = _opt(None, "`cuda`, `mps` or `cpu`, if not the best there is")
 
 OptionTable(PlacementOptions)
 
@@ -768,7 +765,8 @@ MOVED = {"rope_scaling": "it belongs to the model's own config.json, or under `o
 HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated", "sample_packing_group_size": "a look-ahead of a few thousand samples fills the rows", "sample_packing_bin_size": "a row holds as many samples as fit",
     "sample_packing_mp_start_method": "packing needs no processes", "total_num_tokens": "tokens are counted", "total_supervised_tokens": "tokens are counted", "multipack_real_batches": "rows of a packed batch are always kept apart",
     "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "datasets.type.field": "`completion` names its column beside `type`",
-    "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "tokenizer_use_fast": "only fast tokenizers are used",
+    "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "low_cpu_mem_usage": "weights are always read without a second copy", "base_model_ignore_patterns": "only configs, tokenizer and safetensors are fetched",
+    "tokenizer_legacy": "fast tokenizers handle spaces as their own file says", "lora_on_cpu": "an adapter is always read into the memory of the CPU first", "tokenizer_use_fast": "only fast tokenizers are used",
     **{f"is_{o}_derived_model": "the architecture is read from the model's config" for o in ("falcon","llama","mistral","qwen")}}
 "Keys that are accepted and say nothing, with the reason; a note repeats it"
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from .adapters import add_adapter, check_new_tokens
+from .adapters import add_adapter
 from .attention import check_isolation, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
 from .checkpoint import Run, resume_from, write_text
@@ -24,8 +24,9 @@ from .config import Config, ModelOptions, TrainOptions, log
 from .dataset import Prepared, prepare_data
 from .derive import accumulation, eval_rows, fixed_length, interval
 from .inspect import show_samples
-from .models import best_device, choose_precision, load_model
+from .models import check_length, load_model, model_config, untrained_tokens
 from .optim import optimizer_name, schedule
+from .precision import best_device, choose_precision
 from .packing import Collator, PackPlan, plan_evaluation, plan_training
 from .tokens import IGNORE, load_tokenizer
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
@@ -151,7 +152,7 @@ def training_arguments(
     evaluate:bool, # whether there is something to evaluate on
 ) -> TrainingArguments: # for `ForgeTrainer`
     "What transformers' Trainer needs to know"
-    device = best_device()
+    device = best_device(cfg)
     precision = choose_precision(cfg, device)
     save,evals = interval(cfg, "save", steps_per_epoch, steps),interval(cfg, "eval", steps_per_epoch, steps) if evaluate else None
     return TrainingArguments(output_dir=cfg.output_dir, max_steps=steps, seed=cfg.seed, data_seed=cfg.seed, report_to="none", disable_tqdm=True,
@@ -161,7 +162,7 @@ def training_arguments(
         logging_steps=cfg.logging_steps or max(1, min(10, round(steps*0.005))), logging_nan_inf_filter=False,
         save_strategy="steps" if save else "no", save_steps=save or 1, save_total_limit=cfg.save_total_limit, save_only_model=cfg.save_only_model,
         eval_strategy="steps" if evals else "no", eval_steps=evals, metric_for_best_model="eval_loss" if evals else None, greater_is_better=False,
-        bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=cfg.tf32 if device=="cuda" else None, use_cpu=device=="cpu",
+        bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=precision.tf32, use_cpu=device=="cpu",
         remove_unused_columns=False, **_checkpointing(cfg))
 
 # %% ../nbs/33_train.ipynb #6f53caa5
@@ -222,15 +223,16 @@ def train(
 ) -> Run: # what came of it
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work."
     optimizer_name(cfg),schedule(cfg, 1) # better refused now than after the data are prepared
+    check_length(model_config(cfg), cfg.sequence_len)
     tokenizer = load_tokenizer(cfg)
     data = prepare_data(cfg, tokenizer)
     if cfg.debug: show_samples(data.train, tokenizer)
     set_seed(cfg.seed)
-    if cfg.adapter: check_new_tokens(cfg, tokenizer)
-    model = load_model(cfg, tokenizer)
+    new = untrained_tokens(cfg, tokenizer)
+    model = load_model(cfg, tokenizer, new)
     set_attention(model, cfg)
     if cfg.sample_packing: check_isolation(model)
-    if cfg.adapter: model = add_adapter(model, cfg)
+    if cfg.adapter: model = add_adapter(model, cfg, new)
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *cfg.datasets) for t in o.eot_tokens or []])
     trainer = make_trainer(cfg, model, tokenizer, data, callbacks)
     result = trainer.train(resume_from_checkpoint=resume_from(cfg))
