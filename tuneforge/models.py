@@ -32,10 +32,10 @@ def named_class(
 ): # -> the class
     "A class of transformers by its name. Raises `UserError` with the nearest one."
     import transformers
-    known = [n for n in dir(transformers) if n.endswith(name[-5:]) or n.startswith(name[:4])]
-    cls = getattr(transformers, name, None) if name in known else None
-    if isinstance(cls, type) and (issubclass(cls, kind) or "Auto" in name): return cls
-    raise UserError(f"transformers has no {kind.__name__.removeprefix('PreTrained').lower()} class `{name}` (`{key}`; without the key it is found by itself){did_you_mean(name, known)}")
+    what = kind.__name__.removeprefix("PreTrained")
+    cls = getattr(transformers, name, None)
+    if isinstance(cls, type) and (issubclass(cls, kind) or name.startswith(f"Auto{what}")): return cls
+    raise UserError(f"transformers has no {what.lower()} class `{name}` (`{key}`; without the key it is found by itself){did_you_mean(name, [n for n in dir(transformers) if what in n or 'For' in n])}")
 
 # %% ../nbs/20_models.ipynb #153c38ba
 def _why(e, opts):

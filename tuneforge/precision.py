@@ -128,8 +128,8 @@ def quantise_experts(
 def quantised_share(
     model, # transformers model
 ) -> float: # 0 to 1
-    "Share of the weight matrices, without embedding and output layer, that is quantised"
-    ends = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None for p in m.parameters()}
+    "Share of the weight matrices, without embeddings and output layer, that is quantised"
+    ends = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) or m is model.get_output_embeddings() for p in m.parameters()}
     count = {True: 0, False: 0}
     for p in model.parameters():
         if id(p) in ends: continue
