@@ -95,7 +95,8 @@ ALSO = [ # further branches of the same rules
     (dict(chat_template="chatml", chat_template_jinja="x"), "contradicts"), (dict(datasets=[dict(path="y", type="alpaca", field="x")]), "`type: completion`"), (dict(save_strategy="steps"), "needs `save_steps`"), (dict(save_strategy="no", saves_per_epoch=2), "contradicts"),
     (dict(save_strategy="best"), "needs `metric_for_best_model`"), (dict(sample_packing=True, s2_attention=True), "shifts tokens"), (dict(sample_packing=True, eval_table_size=5, val_set_size=0.1), "from packed rows"),
     (dict(adapter="qlora", lora_target_linear=True), "needs `load_in_4bit: true`"), (dict(adapter="lora", lora_target_linear=True, unfrozen_parameters=["a"], peft_layers_to_transform=[1]), "both say what is trained"),
-    (dict(adapter="lora", lora_target_parameters=["e"], lora_dropout=0.1), "allows no `lora_dropout`"), (dict(adapter="lora", lora_target_linear=True, relora_steps=9, lr_scheduler="one_cycle"), "restarts the schedule")]
+    (dict(adapter="lora", lora_target_parameters=["e"], lora_dropout=0.1), "allows no `lora_dropout`"),
+    (dict(gptq=True), "needs an adapter"), (dict(adapter="qlora", load_in_4bit=True, lora_target_parameters=["e"]), "add `quantize_moe_experts: false`"), (dict(adapter="lora", lora_target_linear=True, relora_steps=9, lr_scheduler="one_cycle"), "restarts the schedule")]
 
 
 def test_every_rule_has_a_case(): assert set(RULES)-{"one_of", "needs"}==set(CASES)
