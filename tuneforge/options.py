@@ -10,10 +10,10 @@ __all__ = ['NOT_YET', 'Size', 'AnyDataset', 'Optimizer', 'Schedule', 'TOPICS', '
            'SpecialTokens', 'BaseOptions', 'TokenizerOptions', 'ArchitectureOptions', 'PrecisionOptions',
            'PlacementOptions', 'AttentionOptions', 'KernelOptions', 'OldKernelOptions', 'ModelOptions', 'SourceOptions',
            'CustomFormat', 'FormatOptions', 'ChatOptions', 'DatasetOptions', 'PreferenceDataset', 'KtoDataset',
-           'PretrainingDataset', 'PreparedOptions', 'DataOptions', 'PackingOptions', 'OldPackingOptions', 'LoraOptions',
-           'PartialOptions', 'OptimOptions', 'LearningRateGroup', 'ScheduleOptions', 'EvalOptions', 'TrainOptions',
-           'LoggingOptions', 'DistributedOptions', 'PreferenceOptions', 'GradioOptions', 'FileOptions', 'AllOptions',
-           'topic']
+           'PretrainingDataset', 'PreparedOptions', 'DataOptions', 'PackingOptions', 'OldPackingOptions',
+           'LoftqOptions', 'PeftOptions', 'LoraOptions', 'PartialOptions', 'OptimOptions', 'LearningRateGroup',
+           'ScheduleOptions', 'EvalOptions', 'TrainOptions', 'LoggingOptions', 'DistributedOptions',
+           'PreferenceOptions', 'GradioOptions', 'FileOptions', 'AllOptions', 'topic']
 
 # %% ../nbs/01_options.ipynb #d6f51680
 import re
@@ -497,6 +497,15 @@ class OldPackingOptions(Options):
 OptionTable(OldPackingOptions)
 
 # %% ../nbs/01_options.ipynb #1f29e262
+class LoftqOptions(Options):
+    "LoftQ (arXiv 2310.08659)"
+    loftq_bits:Literal[4,8] = _opt(4, "bits of the base")
+    loftq_iter:int = _opt(1, "rounds of quantising and decomposing", gt=0)
+
+class PeftOptions(Options):
+    "Settings that PEFT keeps in blocks"
+    loftq_config:LoftqOptions|None = _opt(None, "quantise the base, and begin with what that lost")
+
 class LoraOptions(Options):
     "The adapter"
     adapter:Literal["lora","qlora","llama-adapter"]|None = _opt(None, "train a low-rank adapter instead of all weights; `qlora`: on a 4-bit base")
@@ -519,7 +528,7 @@ class LoraOptions(Options):
     peft_init_lora_weights:bool|str|None = _opt(None, "how the adapter begins: `pissa`, `olora`, `gaussian`, …; blank: with no effect")
     peft_trainable_token_indices:list[int]|dict[str,list[int]]|None = _opt(None, "tokens whose embeddings are trained besides")
     peft_ensure_weight_tying:bool|None = _opt(None, "keep tied embeddings tied when they are trained")
-    peft:dict|None = _opt(None, "LoftQ: `{loftq_config: {loftq_bits: 4}}`")
+    peft:PeftOptions|None = _opt(None, "LoftQ: `{loftq_config: {loftq_bits: 4}}`")
 
 OptionTable(LoraOptions)
 
