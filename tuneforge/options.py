@@ -540,6 +540,7 @@ class PartialOptions(Options):
     relora_warmup_steps:int|None = _opt(None, "steps of warmup after each; blank: 10", ge=0)
     relora_anneal_steps:int|None = _opt(None, "steps of cooling before each; blank: 1", ge=0)
     relora_prune_ratio:float|None = _opt(None, "share of the optimizer's state that is reset; blank: 0.9", ge=0, le=1)
+    relora_prune_method:Literal["magnitude","random","reset"] = _opt("magnitude", "what of it: the smallest entries, random ones, or all of it and the count of steps")
     relora_cpu_offload:bool|None = _opt(None, "merge on the CPU")
     jagged_restart_steps:int|None = _opt(None, "optimizer steps between two restarts of the schedule", gt=0)
     jagged_restart_warmup_steps:int|None = _opt(None, "steps of warmup after each", ge=0)
@@ -549,6 +550,8 @@ class PartialOptions(Options):
     lisa_n_layers:int|None = _opt(None, "layers to train at a time, drawn anew again and again (LISA, arXiv 2403.17919)", gt=0)
     lisa_step_interval:int|None = _opt(None, "optimizer steps between two draws", gt=0)
     lisa_layers_attribute:str = _opt("model.layers", "where the model keeps its layers")
+    spectrum_top_fraction:float|None = _opt(None, "Spectrum: train this share of the weight matrices of each kind, those with the most signal (arXiv 2406.06623)", gt=0, le=1)
+    spectrum_model_name:str|None = _opt(None, "whose ratios are looked up elsewhere; here they are computed from the weights")
     peft_adapter:dict|None = _opt(None, "settings of the LLaMA adapter")
 
 OptionTable(PartialOptions)
