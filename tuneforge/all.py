@@ -34,6 +34,10 @@ from .audit import *
 from .models import *
 from .attention import *
 from .adapters import *
+from .trainable import *
+from .partial import *
+from .relora import *
+from .methods import *
 from .optim import *
 from .callbacks import *
 from .checkpoint import *

@@ -127,6 +127,7 @@ class Restart:
     step:int # optimizer steps before it
     arrived:float # share of the change that is in the base now
 
+# %% ../nbs/25_relora.ipynb #4c72a5f9
 class ReLora(KeepBase):
     "Merges the adapter and begins a new one, again and again"
     def __init__(self,

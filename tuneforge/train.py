@@ -24,10 +24,13 @@ from .config import Config, ModelOptions, TrainOptions, log
 from .dataset import Prepared, prepare_data
 from .derive import accumulation, eval_rows, fixed_length, interval
 from .inspect import show_samples
+from .methods import training_hooks
 from .models import best_device, choose_precision, load_model
 from .optim import optimizer_name, schedule
 from .packing import Collator, PackPlan, plan_evaluation, plan_training
+from .relora import restarting
 from .tokens import IGNORE, load_tokenizer
+from .trainable import Trainable, TrainHook, show_trainable
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 # %% ../nbs/33_train.ipynb #a18a9322
@@ -110,6 +113,17 @@ class ForgeTrainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
         (Path(output_dir or self.args.output_dir)/"training_args.bin").unlink(missing_ok=True) # a pickle; run.json says it all
+        for h in self.hooks if self.args.should_save else []: h.save(Path(output_dir or self.args.output_dir), not _internal_call)
+    @property
+    def hooks(self): return [c for c in self.callback_handler.callbacks if isinstance(c, TrainHook)]
+    def create_optimizer(self, model=None):
+        new = self.optimizer is None
+        super().create_optimizer(model)
+        for h in self.hooks if new else []: h.optimizer_made(self.optimizer)
+        return self.optimizer
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for h in self.hooks: h.load(Path(resume_from_checkpoint))
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         metrics = {f"{metric_key_prefix}_{k}": v for k,v in mean_loss(self.model, self.eval_loader, self.accelerator).items()}
         self.log(metrics)
@@ -198,7 +212,7 @@ def make_trainer(
     if data.valid is not None:
         plan = plan_evaluation(_lengths(data.valid), cfg, cfg.sequence_len, world)
         eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity)), rank)
-    trainer = ForgeTrainer(model, args, data, plans, schedule(cfg, steps), collate(cfg.sample_packing), eval_loader, processing_class=tokenizer,
+    trainer = ForgeTrainer(model, args, data, plans, restarting(cfg, schedule(cfg, steps)), collate(cfg.sample_packing), eval_loader, processing_class=tokenizer,
         callbacks=[LiveProgress(step_tokens(plans, _lengths(data.train), steps)), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
     if cfg.early_stopping_patience: trainer.add_callback(EarlyStoppingCallback(cfg.early_stopping_patience))
@@ -221,7 +235,7 @@ def train(
     callbacks=(), # more callbacks of transformers' kind
 ) -> Run: # what came of it
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work."
-    optimizer_name(cfg),schedule(cfg, 1) # better refused now than after the data are prepared
+    optimizer_name(cfg),restarting(cfg, schedule(cfg, 1)) # better refused now than after the data are prepared
     tokenizer = load_tokenizer(cfg)
     data = prepare_data(cfg, tokenizer)
     if cfg.debug: show_samples(data.train, tokenizer)
@@ -231,8 +245,10 @@ def train(
     set_attention(model, cfg)
     if cfg.sample_packing: check_isolation(model)
     if cfg.adapter: model = add_adapter(model, cfg)
+    hooks = training_hooks(cfg, model)
+    show_trainable(Trainable(model, hooks))
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *cfg.datasets) for t in o.eot_tokens or []])
-    trainer = make_trainer(cfg, model, tokenizer, data, callbacks)
+    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *callbacks])
     result = trainer.train(resume_from_checkpoint=resume_from(cfg))
     return save_run(cfg, trainer, data, result)
 
