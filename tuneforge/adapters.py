@@ -366,10 +366,10 @@ def unshare(
 # %% ../nbs/22_adapters.ipynb #7b952020
 def lora_rates(
     model, # with an adapter
-    learning_rate:float, # of A, and of all else
-    ratio:float, # how much faster B learns
+    learning_rate:float, # of A, and of other matrices
+    ratio:float, # how much faster B learns, and vectors, as in the authors' code
     embedding_rate:float=1e-6, # of adapters on embeddings
 ) -> dict[str,float]: # name of a trained parameter -> learning rate
     "LoRA+: a learning rate for each trained parameter"
-    rate = lambda n: embedding_rate if "lora_embedding_" in n else learning_rate*ratio if ".lora_B." in n else learning_rate
-    return {n: rate(n) for n,p in model.named_parameters() if p.requires_grad}
+    rate = lambda n,p: embedding_rate if "lora_embedding_" in n else learning_rate*ratio if ".lora_B." in n or p.dim()==1 else learning_rate
+    return {n: rate(n, p) for n,p in model.named_parameters() if p.requires_grad}
