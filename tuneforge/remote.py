@@ -35,13 +35,12 @@ def is_private(
 # %% ../nbs/04_remote.ipynb #9b337498
 def _opener(first:str):
     "urllib's opener, for which a redirect goes to the same server or into the open internet"
-    from urllib.parse import urlsplit
     from urllib.request import HTTPRedirectHandler, build_opener
     class Careful(HTTPRedirectHandler):
         def redirect_request(self, req, fp, code, msg, headers, newurl):
             at,home = urlsplit(newurl),urlsplit(first)
-            if at.scheme!="https": raise UserError(f"{first} redirects to {newurl}, which is not https")
-            if at.netloc!=home.netloc and is_private(at.hostname or ""): raise UserError(f"{first} redirects to {at.hostname}, which is a private address")
+            if at.scheme!="https": raise UserError(f"{public_url(first)} redirects to {public_url(newurl)}, which is not https")
+            if at.netloc!=home.netloc and is_private(at.hostname or ""): raise UserError(f"{public_url(first)} redirects to {at.hostname}, which is a private address")
             return super().redirect_request(req, fp, code, msg, headers, newurl)
     return build_opener(Careful)
 
@@ -113,8 +112,8 @@ def fetch_file(
     timeout:float=30, # seconds without an answer
 ) -> Path: # the copy, with the name that the file has there
     "A copy of a file of the web; one that is there and not outdated is taken as it is"
-    shown,name = public_url(url),unquote(urlsplit(url).path.rpartition("/")[2]) or "data"
-    place = lambda stamp: folder/hashlib.sha256(f"{url} {stamp}".encode()).hexdigest()[:32]/Path(name).name
+    shown,name = public_url(url),Path(unquote(urlsplit(url).path)).name.strip(".") or "data"
+    place = lambda stamp: folder/hashlib.sha256(f"{url} {stamp}".encode()).hexdigest()[:32]/name
     with _answer(url, timeout) as r:
         if (stamp := _stamp(r)) and place(stamp).is_file(): return place(stamp)
         if r.headers.get_content_type()=="text/html": raise UserError(f"{shown} is a web page, not data: use the address of the raw file")
