@@ -72,10 +72,14 @@ _LOGIN = dict(s3="`AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, or a profile 
 
 def _filesystem(path):
     "(fsspec filesystem, path in it)"
+    from fsspec import available_protocols
     from fsspec.core import url_to_fs
-    extra = CLOUDS[_protocol(path).lower()]
+    protocol = _protocol(path).lower()
+    extra = CLOUDS[protocol]
+    needs = f'{path} needs another package: pip install "tuneforge[{extra}]"'
+    if protocol not in available_protocols(): raise UserError(needs)
     try: return url_to_fs(path, skip_instance_cache=True)
-    except ImportError as e: raise UserError(f'{path} needs another package: pip install "tuneforge[{extra}]"') from e
+    except ImportError as e: raise UserError(needs) from e
     except _cloud_errors(extra) as e: raise UserError(f"cannot open {path}: {e}. Credentials come from the environment: {_LOGIN[extra]}") from e
 
 # %% ../nbs/10_sources.ipynb #b2e16bba
