@@ -14,7 +14,7 @@ import csv,hashlib,io,json,os,re,time
 from collections.abc import Callable,Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain,islice
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 from .document import UserError
@@ -44,7 +44,7 @@ class DataFile:
         return f"{self.shown}:{number}" if _has_lines(self) else f"{self.shown}: row {number}"
 
 # %% ../nbs/09_files.ipynb #a157bc25
-BLOCK = 2**24 # bytes that are read at once
+BLOCK = 2**23 # bytes that are read at once
 
 def _open(f):
     import pyarrow as pa
@@ -85,6 +85,7 @@ class Found(NamedTuple):
     raw:str|None=None # the text that cannot be read
 
 def _no_number(name): raise ValueError(f"{name} is no number in JSON")
+_strict = json.JSONDecoder(parse_constant=_no_number).decode # made once: `json.loads` would make it anew for each line
 
 def parse_line(
     line:bytes|str, # a line of a JSONL file
@@ -92,8 +93,8 @@ def parse_line(
     "The row that a line holds"
     try:
         text = line if isinstance(line, str) else line.decode()
-        row = json.loads(text, parse_constant=_no_number)
-        if r"\ud" in text.lower(): json.dumps(row, ensure_ascii=False).encode()
+        row = _strict(text)
+        if r"\ud" in text or r"\uD" in text: json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError: return None,"this is not UTF-8 text"
     except UnicodeEncodeError: return None,"half a character: one of the `\\ud…` stands alone"
     except json.JSONDecodeError as e: return None,f"this line is not JSON: {e.msg} (character {e.colno})"
@@ -145,7 +146,7 @@ def _csv_rows(f):
         if cells==[]: continue # a blank line
         if names is None: names = _header(f, start, cells, error); continue
         text = "".join(seen)
-        if error is None and not _is_text(text.encode("utf-8", "surrogateescape")): error = "this is not UTF-8 text"
+        if error is None and not (text.isascii() or _is_text(text.encode("utf-8", "surrogateescape"))): error = "this is not UTF-8 text"
         if error is None and len(cells)!=len(names): error = f"{len(cells)} cells, but the header has {len(names)}"
         yield Found(start, None, error, text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")) if error else Found(start, dict(zip(names, cells)))
 
@@ -159,7 +160,7 @@ def _arrow_tables(f):
     "The tables of a Parquet or Arrow file"
     import pyarrow as pa, pyarrow.parquet as pq
     try:
-        if f.kind=="parquet": yield from (pa.Table.from_batches([b]) for b in pq.ParquetFile(f.path).iter_batches(10_000))
+        if f.kind=="parquet": yield from (pa.Table.from_batches([b]) for b in pq.ParquetFile(f.path).iter_batches(1_000))
         else:
             with pa.memory_map(str(f.path)) as source:
                 try: reader = pa.ipc.open_stream(source)
@@ -310,8 +311,14 @@ def write_tables(
     raise Misfit("the columns never end")
 
 # %% ../nbs/09_files.ipynb #d4e65dfa
-def _batches(found, n=10_000):
-    while part := list(islice(found, n)): yield part
+def _batches(found, rows=10_000, size=BLOCK):
+    "Rows in lists of about `size` characters"
+    part,n = [],0
+    for o in found:
+        part.append(o)
+        n += len(o.raw) if o.row is None or o.raw is not None else sum(map(len, o.row.values()))
+        if n>=size or len(part)>=rows: yield part; part,n = [],0
+    if part: yield part
 
 def _column_tables(files, schema): # text and CSV: columns, if all is well
     import pyarrow as pa
@@ -333,7 +340,7 @@ def as_rows(
 ) -> tuple[list[dict],dict[int,UserError]]: # (rows, index -> what is wrong with a row)
     "The rows of a batch"
     rows = [dict(zip(batch, o)) for o in zip(*batch.values())]
-    if "_error" not in batch: return rows,{}
+    if not {"_line","_error"} <= batch.keys(): return rows,{}
     def whole(r):
         line,error = r.pop("_line"),r.pop("_error")
         return {} if error else r if line is None else json.loads(line)
