@@ -95,8 +95,7 @@ NOT_YET = _table(
         "unsloth_rms_norm unsloth_rope", "remove it: the result is the same, with more memory or time"),
     sources=("datasets.shards datasets.shards_idx datasets.preprocess_shards datasets.trust_remote_code datasets.ds_type=csv datasets.ds_type=parquet datasets.ds_type=arrow datasets.ds_type=text",
         "turn the data into a JSONL file first"),
-    data=("shuffle_before_merging_datasets dataset_exact_deduplication eval_sequence_len excess_length_strategy=truncate excess_length_strategy=split excess_length_strategy=raise "
-        "max_prompt_len push_dataset_to_hub dataset_shard_num dataset_shard_idx skip_prepare_dataset tokenizer_engine=auto tokenizer_engine=tokie tokenizer_engine=gigatoken "
+    data=("push_dataset_to_hub skip_prepare_dataset tokenizer_engine=auto tokenizer_engine=tokie tokenizer_engine=gigatoken "
         "tokenizer_verify", "prepare the data that way before, and remove it"))
 
 # %% ../nbs/01_options.ipynb #1c3773a1
@@ -120,7 +119,7 @@ NOT_YET |= _table(
         "comet_mode comet_online comet_experiment_config", "remove it: every metric is in `run.json` and `loss.png`"),
     devices=("deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters dp_shard_size dp_replicate_size "
         "context_parallel_size tensor_parallel_size", "remove it: `torchrun` gives each device a copy of the model"),
-    preferences=("rl reward_model rl_beta rl_adapter_ref_model dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs orpo_alpha rpo_alpha simpo_gamma cpo_alpha "
+    preferences=("rl max_prompt_len reward_model rl_beta rl_adapter_ref_model dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs orpo_alpha rpo_alpha simpo_gamma cpo_alpha "
         "kto_desirable_weight kto_undesirable_weight", "train on the chosen answers, without `rl`"),
     gradio=("gradio_title gradio_share gradio_server_name gradio_server_port gradio_max_new_tokens gradio_temperature", "remove it: `tuneforge inference` asks in the terminal"))
 
@@ -377,6 +376,8 @@ OptionTable(ChatOptions, but=(FormatOptions,))
 class DatasetOptions(ChatOptions):
     "An entry of `datasets` for supervised training: a source, and how its rows become text"
     kind:Literal["supervised"] = Field("supervised", exclude=True, repr=False)
+    weight:float|None = _opt(None, "share of this dataset in the mixture, relative to the others' weights; blank: all datasets as they are, one after the other", gt=0)
+    max_rows:int|None = _opt(None, "rows to take from this dataset at most, drawn at random by `seed` before anything is tokenised", gt=0)
 
 class PreferenceDataset(SourceOptions):
     "An entry with a prompt, a chosen and a rejected answer"
@@ -438,18 +439,23 @@ class DataOptions(PreparedOptions):
     streaming:bool|None = _opt(None, "read `datasets` as streams, without preparing them first; with `max_steps`")
     val_set_size:float = _opt(0.0, "part of the training data, drawn at random, to evaluate on: a fraction, or a number of rows if over 1", ge=0)
     shuffle_merged_datasets:bool = _opt(True, "train in shuffled order")
-    shuffle_before_merging_datasets:bool = _opt(False, "shuffle each dataset by itself as well")
-    dataset_exact_deduplication:bool = _opt(False, "drop rows with the same tokens")
+    shuffle_before_merging_datasets:bool = _opt(False, "shuffle each dataset by itself; for `shuffle_merged_datasets: false`, which then trains one shuffled dataset after the other")
+    mix_by:Literal["tokens","rows"] = _opt("tokens", "what the `weight`s of datasets are shares of")
+    mix_until:Literal["first_exhausted","all_exhausted"] = _opt("first_exhausted", "size of a mixture with `weight`s: until the first dataset is used up, so that no row repeats, or until every row was used, with repeats of the others")
+    dataset_exact_deduplication:bool = _opt(False, "drop rows with the same tokens, and rows to train on that are also evaluated on")
     sequence_len:int = _opt(512, "longest row, in tokens; longer rows are dropped and counted, `completion` rows are split", gt=1)
-    eval_sequence_len:int|None = _opt(None, "the same for evaluation, if it differs", gt=1)
+    eval_sequence_len:int|None = _opt(None, "the same for `test_datasets`, if it differs", gt=1)
     min_sample_len:int = _opt(2, "shortest row, in tokens", gt=0)
-    excess_length_strategy:Literal["drop","truncate","split","raise"] = _opt("drop", "what becomes of longer rows")
+    excess_length_strategy:Literal["drop","truncate","split","raise"] = _opt("drop", "what becomes of longer rows: dropped, cut at the end, cut into pieces that are all kept, or an error; `completion` rows are always cut into pieces")
     max_prompt_len:int = _opt(512, "longest prompt of a preference pair, in tokens", gt=0)
     train_on_inputs:bool = _opt(False, "train prompts as well as responses")
     chat_template_kwargs:dict|None = _opt(None, "more variables for the chat template, such as `enable_thinking`")
     default_system_message:str|None = _opt(None, "system message of conversations that have none")
     eot_tokens:list[str]|None = _opt(None, "tokens that end a turn; blank: what the chat template writes after an answer")
     on_bad_row:Literal["stop","skip","quarantine"] = _opt("stop", "what happens at a broken row: an error, a count in the report, or a file of its own")
+    on_untrained_row:Literal["drop","keep","stop"] = _opt("drop", "what happens at a row without a trained token: it is dropped, kept for what it may be good for, or an error")
+    dropped_rows_warn:float = _opt(0.05, "warn when more than this share of a dataset's rows is lost: too long, too short, untrained, or no good", ge=0, le=1)
+    dropped_rows_stop:float = _opt(0.5, "stop when more than this share of a dataset's rows is lost, or all of them; 1: only then", gt=0, le=1)
     seed:int = _opt(42, "seed of every random choice: data order, dropout, new weights", ge=0, lt=2**32)
 
 OptionTable(DataOptions, but=(PreparedOptions,))

@@ -93,7 +93,7 @@ NEEDS = {
     "metric_for_best_model": "greater_is_better", "do_causal_lm_eval": "eval_causal_lm_metrics", "do_bench_eval": "bench_dataset bench_split", "generate_samples": "num_generation_samples generation_max_new_tokens generation_temperature",
     "profiler_steps": "profiler_steps_start", "hub_model_id": "hub_strategy hub_revision", "wandb_project|use_wandb": "wandb_entity wandb_name wandb_run_id wandb_mode wandb_watch wandb_log_model",
     "mlflow_experiment_name|use_mlflow": "mlflow_tracking_uri mlflow_run_name hf_mlflow_log_artifacts", "comet_project_name|use_comet": "comet_api_key comet_workspace comet_experiment_key comet_mode comet_online comet_experiment_config",
-    "dataset_shard_num": "dataset_shard_idx", "val_set_size|test_datasets": "eval_steps eval_strategy early_stopping_patience eval_sequence_len load_best_model_at_end eval_table_size do_causal_lm_eval generate_samples",
+    "dataset_shard_num": "dataset_shard_idx", "test_datasets": "eval_sequence_len", "val_set_size|test_datasets": "eval_steps eval_strategy early_stopping_patience load_best_model_at_end eval_table_size do_causal_lm_eval generate_samples",
     "optimizer=adamw_anyprecision": "torchdistx_path", "optimizer=came_pytorch": "adam_beta3 adam_epsilon2", "lr_scheduler=cosine": "cosine_min_lr_ratio lr_quadratic_warmup", "cosine_min_lr_ratio": "cosine_constant_lr_ratio",
     "lr_scheduler=one_cycle": "lr_div_factor", "lr_scheduler!=constant": "warmup_steps warmup_ratio", "tokenizer_engine!=hf": "tokenizer_verify"}
 "condition -> keys that do nothing where it does not hold"
@@ -110,6 +110,11 @@ def _needs(cfg):
 def _evaluations_need_data(cfg):
     if asks(cfg, "evals_per_epoch") and not (cfg.test_datasets or cfg.val_set_size):
         yield "evals_per_epoch", "`evals_per_epoch` has no effect without `val_set_size` or `test_datasets`"
+
+@note
+def _shuffled_anyway(cfg):
+    if cfg.shuffle_before_merging_datasets and cfg.shuffle_merged_datasets:
+        yield "shuffle_before_merging_datasets", "`shuffle_before_merging_datasets` has no effect while `shuffle_merged_datasets` shuffles all rows together"
 
 @note
 def _pushed_when_saved(cfg):
@@ -149,6 +154,26 @@ def _jinja_has_text(cfg):
         choice,text = getattr(where, "chat_template", None),getattr(where, "chat_template_jinja", None)
         if choice=="jinja" and not text: yield (*path,"chat_template"), "`chat_template: jinja` needs `chat_template_jinja`"
         if text and choice not in (None,"jinja"): yield (*path,"chat_template"), f"`chat_template: {choice}` contradicts `chat_template_jinja`: write `chat_template: jinja`"
+
+@rule
+def _mixtures_are_whole(cfg):
+    weighed = [e.kind=="supervised" and e.weight is not None for e in cfg.datasets]
+    if any(weighed) and not all(weighed): yield ("datasets",weighed.index(False)), "give every dataset a `weight`, or none"
+    for i,e in enumerate(cfg.test_datasets or []):
+        if e.kind=="supervised" and e.weight is not None: yield ("test_datasets",i,"weight"), "`weight` has no effect in `test_datasets`: all of them are evaluated on"
+    for k in ("mix_by","mix_until"):
+        if k in cfg.model_fields_set and not any(weighed): yield k, f"`{k}` has no effect without a `weight` in each of `datasets`"
+
+@rule
+def _a_part_has_a_number(cfg):
+    n,i = cfg.dataset_shard_num,cfg.dataset_shard_idx
+    if n and i is None: yield "dataset_shard_num", f"say which of the {n} parts: `dataset_shard_idx`, from 0"
+    if n and i is not None and i>=n: yield "dataset_shard_idx", f"`dataset_shard_idx` counts from 0, so the last of {n} parts is {n-1}"
+
+@rule
+def _warnings_come_first(cfg):
+    if asks(cfg, "dropped_rows_warn") and cfg.dropped_rows_warn>cfg.dropped_rows_stop:
+        yield "dropped_rows_warn", f"`dropped_rows_warn` {cfg.dropped_rows_warn:g} is over `dropped_rows_stop` {cfg.dropped_rows_stop:g}: it would never be said"
 
 @rule
 def _raw_rows_have_no_duplicates(cfg):
