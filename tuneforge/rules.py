@@ -156,6 +156,11 @@ def _jinja_has_text(cfg):
         if text and choice not in (None,"jinja"): yield (*path,"chat_template"), f"`chat_template: {choice}` contradicts `chat_template_jinja`: write `chat_template: jinja`"
 
 @rule
+def _raw_rows_have_no_duplicates(cfg):
+    if cfg.skip_prepare_dataset and cfg.dataset_exact_deduplication: yield "dataset_exact_deduplication", "rows that are not tokenised (`skip_prepare_dataset`) cannot be compared"
+
+# %% ../nbs/02_rules.ipynb #844cdeab
+@rule
 def _mixtures_are_whole(cfg):
     weighed = [e.kind=="supervised" and e.weight is not None for e in cfg.datasets]
     if any(weighed) and not all(weighed): yield ("datasets",weighed.index(False)), "give every dataset a `weight`, or none"
@@ -174,10 +179,6 @@ def _a_part_has_a_number(cfg):
 def _warnings_come_first(cfg):
     if asks(cfg, "dropped_rows_warn") and cfg.dropped_rows_warn>cfg.dropped_rows_stop:
         yield "dropped_rows_warn", f"`dropped_rows_warn` {cfg.dropped_rows_warn:g} is over `dropped_rows_stop` {cfg.dropped_rows_stop:g}: it would never be said"
-
-@rule
-def _raw_rows_have_no_duplicates(cfg):
-    if cfg.skip_prepare_dataset and cfg.dataset_exact_deduplication: yield "dataset_exact_deduplication", "rows that are not tokenised (`skip_prepare_dataset`) cannot be compared"
 
 # %% ../nbs/02_rules.ipynb #63d8b8c5
 _CHAT = "field_messages message_field_role message_field_content message_property_mappings roles_to_train train_on_eot message_field_training message_field_training_detail drop_system_message split_thinking field_tools chat_template chat_template_jinja".split()

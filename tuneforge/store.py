@@ -101,20 +101,20 @@ def made_once(
     folder:Path, # named after its parts
     parts:dict, # what it depends on
     make:Callable, # given an empty folder, fills it
-) -> str: # for a person: whether it was there, and why not
+) -> tuple[bool,str]: # (whether this process made it, for a person: whether it was there, and why not)
     "Have a folder made by whoever comes first. Raises `UserError` when the disk is full."
-    if is_whole(folder): return "found: nothing that it depends on has changed"
+    if is_whole(folder): return False,"found: nothing that it depends on has changed"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
-            if is_whole(folder): return "found: another process has just prepared it"
+            if is_whole(folder): return False,"found: another process has just prepared it"
             why = "the one that was there is damaged" if folder.exists() else why_missing(folder, parts)
             for old in [*folder.parent.glob(f"{folder.name}.*.part"), *[folder]*folder.exists()]: _discard(old)
             part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")
             part.mkdir()
             try: make(part); publish(part, folder, parts)
             finally: shutil.rmtree(part, ignore_errors=True) # gone already when all went well
-            return f"prepared: {why}"
+            return True,f"prepared: {why}"
     except Exception as e: # a full disk comes in the clothes of many libraries; all else is raised as it came
         if disk_full(e): raise _no_room(folder.parent) from e
         raise

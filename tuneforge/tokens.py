@@ -172,16 +172,18 @@ def tokenise(
 # %% ../nbs/13_tokens.ipynb #47e56f17
 def is_tokenised(
     row:dict, # column -> value
-) -> bool: # whatever the `type` says
+    fmt:PromptFormat|None=None, # what the `type` says
+) -> bool: # `input_ids` and `labels` are taken whatever the `type` is
     "Whether a row brings its own tokens"
-    return row.get("input_ids") is not None and row.get("labels") is not None
+    return row.get("input_ids") is not None and (row.get("labels") is not None or fmt is not None and fmt.name=="tokens")
 
 def own_tokens(
-    row:dict, # with `input_ids`, `labels`, perhaps `attention_mask`
+    row:dict, # with `input_ids`, perhaps `labels` (without them, every token is trained) and `attention_mask`
     n_vocab:int, # ids are below it
 ) -> Sample: # without segments
     "A row's own tokens. Raises `UserError` where they are no tokens."
-    columns = [c for c in ("input_ids","labels","attention_mask") if row.get(c) is not None]
+    row = {"labels": row["input_ids"]} | {k: v for k,v in row.items() if v is not None}
+    columns = [c for c in ("input_ids","labels","attention_mask") if c in row]
     values = [need(row[c].tolist() if isinstance(row[c], np.ndarray) else row[c], list, c) for c in columns]
     for c,v in zip(columns, values):
         if len(v)!=len(values[0]): raise UserError(f"{c} has {len(v)} entries, but input_ids has {len(values[0])}")
@@ -218,7 +220,7 @@ def tokenise_rows(
     res,segments,errors = [[] for _ in rows],{},{}
     for i,row in enumerate(rows):
         try:
-            if is_tokenised(row): res[i] = [own_tokens(row, len(tokenizer))]
+            if is_tokenised(row, fmt): res[i] = [own_tokens(row, len(tokenizer))]
             else: segments[i] = fmt(row)
         except UserError as e: errors[i] = e
     limit = sequence_len if fmt.bos and not fmt.chunked else None

@@ -21,8 +21,8 @@ from .attention import check_isolation, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
 from .checkpoint import Run, resume_from, write_text
 from .config import Config, ModelOptions, TrainOptions, log
-from .dataset import Prepared, prepare_data
-from .derive import accumulation, eval_rows, fixed_length, interval
+from .dataset import Prepared, prepare_data, sample_lengths
+from .derive import accumulation, eval_length, eval_rows, fixed_length, interval
 from .inspect import show_samples
 from .models import best_device, choose_precision, load_model
 from .optim import optimizer_name, schedule
@@ -191,20 +191,18 @@ def make_trainer(
     "Plan the batches and put the trainer together"
     from transformers import EarlyStoppingCallback
     world,rank = int(os.environ.get("WORLD_SIZE", 1)),int(os.environ.get("RANK", 0))
-    plans,steps = plan_run(cfg, _lengths(data.train), world)
+    plans,steps = plan_run(cfg, sample_lengths(data.train), world)
     args = training_arguments(cfg, steps, plans[0].steps, data.valid is not None)
-    collate = lambda packed: Collator(tokenizer.pad_token_id, packed, cfg.sequence_len if fixed_length(cfg) else None)
+    collate = lambda packed,length: Collator(tokenizer.pad_token_id, packed, length if fixed_length(cfg) else None)
     eval_loader = None
     if data.valid is not None:
-        plan = plan_evaluation(_lengths(data.valid), cfg, cfg.sequence_len, world)
-        eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity)), rank)
-    trainer = ForgeTrainer(model, args, data, plans, schedule(cfg, steps), collate(cfg.sample_packing), eval_loader, processing_class=tokenizer,
-        callbacks=[LiveProgress(step_tokens(plans, _lengths(data.train), steps)), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
+        plan = plan_evaluation(sample_lengths(data.valid), cfg, eval_length(cfg), world)
+        eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity), eval_length(cfg)), rank)
+    trainer = ForgeTrainer(model, args, data, plans, schedule(cfg, steps), collate(cfg.sample_packing, cfg.sequence_len), eval_loader, processing_class=tokenizer,
+        callbacks=[LiveProgress(step_tokens(plans, sample_lengths(data.train), steps)), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
     if cfg.early_stopping_patience: trainer.add_callback(EarlyStoppingCallback(cfg.early_stopping_patience))
     return trainer
-
-def _lengths(ds): return [len(o) for o in ds.with_format("numpy")["input_ids"]]
 
 def step_tokens(
     plans:list[PackPlan], # one for each epoch
@@ -246,7 +244,7 @@ def save_run(
     trainer.save_model()
     trainer.model.generation_config.save_pretrained(cfg.output_dir)
     done,plans = trainer.state.global_step,trainer.plans
-    metrics = dict(loss=result.training_loss, steps=done, tokens=sum(step_tokens(plans, _lengths(data.train), done)), seconds=result.metrics["train_runtime"],
+    metrics = dict(loss=result.training_loss, steps=done, tokens=sum(step_tokens(plans, sample_lengths(data.train), done)), seconds=result.metrics["train_runtime"],
         packing_efficiency=plans[0].efficiency, **(trainer.evaluate() if trainer.eval_loader else {}))
     run = Run(cfg.output_dir, cfg.model_dump(mode="json"), metrics, asdict(data.report), repr(plans[0]), trainer.state.log_history, trainer.model, trainer.processing_class)
     if trainer.args.should_save:
