@@ -21,6 +21,8 @@ from .options import *
 from .config import *
 from .explain import explain, config_table, json_schema
 from .tiny import *
+from .report import REASONS, DataReport, SourceReport, plot_report
+from .mixing import draw_valid
 from .sources import *
 from .prompts import *
 from .templates import *
