@@ -105,7 +105,7 @@ def test_why_miss_names_the_part(home):
     assert "nothing has been prepared" in ask() and not (home/"last_run_prepared").exists()
     prepare_data(Config(**BASE), TOK)
     assert "prepared, and will be used" in ask()
-    prepare_data(Config(**BASE | dict(sequence_len=100, min_sample_len=9)), TOK) # a less similar one, and newer
+    prepare_data(Config(**BASE | dict(sequence_len=300, min_sample_len=3)), TOK) # a less similar one, and newer
     edit("a.jsonl", "3", "4")
     assert [l.strip() for l in ask().splitlines()[1:]]==["datasets[0]: content 1", "datasets[2]: content 1"]
     edit("a.jsonl", "4", "3")

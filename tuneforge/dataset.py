@@ -277,7 +277,7 @@ def _compare(entry, rows, fmt, opts, tokenizer, report, n=100):
     return golden_prompts(good[::max(1, len(good)//3)][:3], fmt, tokenizer)
 
 def _count_roles(sample, counts):
-    roles = np.array([s.role or "(text)" for s in sample.segments]+["(BOS, EOS)"])[sample.segment]
+    roles = np.array([s.role or "(template)" for s in sample.segments]+["(BOS, EOS)"])[sample.segment]
     on = sample.labels!=IGNORE
     on[:1] = False # predicted from nothing
     for r in np.unique(roles): counts[str(r)] = [a+int(b) for a,b in zip(counts.get(str(r), (0,0)), ((roles==r).sum(), on[roles==r].sum()))]

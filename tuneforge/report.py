@@ -102,10 +102,10 @@ def check_losses(
     log.warning(f"datasets: {said}{why}")
 
 # %% ../nbs/09_report.ipynb #cdb0941a
-_COLUMNS = ["dataset","rows","used","samples","to evaluate","tokens","trained","share"]
+_COLUMNS = ["dataset","rows","used","samples","to evaluate","tokens","trained","share (wanted)"]
 
 def _cells(s): # of one dataset's line
-    share = "" if s.share is None else f"{s.share:.1%}"+(f" of {s.weight:.1%}" if s.weight is not None else "")
+    share = "" if s.share is None else f"{s.share:.1%}"+(f" ({s.weight:.1%})" if s.weight is not None else "")
     return [s.path, f"{s.rows_in:,}", f"{s.rows_used:,}", f"{s.samples:,}", f"{s.valid:,}", f"{s.tokens:,}", f"{s.trained/max(s.tokens,1):.1%}", share]
 
 @dataclass(repr=False)
@@ -117,8 +117,8 @@ class DataReport:
     sequence_len:int|None=None # longest sample
 
     def __str__(self):
-        lines = [f"{'dataset':<32}"+"".join(f"{c:>13}" for c in _COLUMNS[1:])]
-        for s in self.sources: lines += [f"{s.path[-31:]:<32}"+"".join(f"{c:>13}" for c in _cells(s)[1:]), *[f"  {n}" for n in s.notes()]]
+        lines = [f"{'dataset':<32}"+"".join(f"{c:>15}" for c in _COLUMNS[1:])]
+        for s in self.sources: lines += [f"{s.path[-31:]:<32}"+"".join(f"{c:>15}" for c in _cells(s)[1:]), *[f"  {n}" for n in s.notes()]]
         return "\n".join([*lines, self.summary()])
     __repr__ = __str__
     def summary(self) -> str: # one line
@@ -153,11 +153,14 @@ def load_report(
 _GREY,_GREEN,_RED = "#d8dee4","#2da44e","#cf222e"
 
 def _bars(ax, names, tokens, trained, title):
+    from matplotlib.ticker import EngFormatter, MaxNLocator
     ax.barh(names, tokens, color=_GREY, label="read only")
     ax.barh(names, trained, color=_GREEN, label="trained")
     for i,t in enumerate(tokens): ax.annotate(f"{t/max(1, sum(tokens)):.0%}", (t, i), (3,0), textcoords="offset points", va="center", fontsize=8)
     ax.set(title=title, xlabel="tokens")
     ax.margins(x=0.15)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.invert_yaxis()
 
 def plot_report(
@@ -168,13 +171,14 @@ def plot_report(
     fig = Figure(figsize=(11, 2.4+0.25*max(len(report.sources), 2)), dpi=110, layout="constrained")
     a,b,c = fig.subplots(1, 3)
     counts = np.array([np.pad(s.lengths, (0, max(len(o.lengths) for o in report.sources)-len(s.lengths))) for s in report.sources])
-    for n,below in zip(counts, np.cumsum(counts, 0)-counts): a.bar(EDGES[:len(n)], n, np.diff(EDGES)[:len(n)], below, align="edge")
-    if report.sequence_len: a.axvline(report.sequence_len+1, color=_RED, ls="--", lw=1, label="sequence_len"), a.legend(fontsize=8)
-    a.set(title="Lengths", xlabel="tokens of a sample", ylabel="samples", xscale="log", yscale="log" if counts.max(initial=0)>1000 else "linear")
+    for i,(n,below) in enumerate(zip(counts, np.cumsum(counts, 0)-counts)): a.bar(EDGES[:len(n)], n, np.diff(EDGES)[:len(n)], below, align="edge", label=f"dataset {i+1}")
+    if report.sequence_len: a.axvline(report.sequence_len+1, color=_RED, ls="--", lw=1, label="sequence_len")
+    a.legend(fontsize=8)
+    a.set(xlim=(EDGES[max(0, np.flatnonzero(counts.sum(0))[0]-2) if counts.any() else 0], None), title="Lengths", xlabel="tokens of a sample", ylabel="samples", xscale="log", yscale="log" if counts.max(initial=0)>1000 else "linear")
     names = [f"{i+1}: {Path(s.path).name[-20:]}{' (evaluation)' if s.role=='valid' else ''}" for i,s in enumerate(report.sources)]
     _bars(b, names, [s.tokens for s in report.sources], [s.trained for s in report.sources], "Datasets")
     roles = {r: np.sum([s.roles[r] for s in report.sources if r in s.roles], 0) for r in dict.fromkeys(r for s in report.sources for r in s.roles)}
-    _bars(c, [r or "(text)" for r in roles], [int(t) for t,_ in roles.values()], [int(t) for _,t in roles.values()], f"Roles, in {sum(s.compared for s in report.sources):,} rows")
+    _bars(c, list(roles), [int(t) for t,_ in roles.values()], [int(t) for _,t in roles.values()], f"Roles, in {sum(s.compared for s in report.sources):,} rows")
     if roles: c.legend(fontsize=8)
     return fig
 
