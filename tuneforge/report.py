@@ -168,13 +168,16 @@ def plot_report(
 ): # -> matplotlib Figure
     "Lengths, and the shares of datasets and roles"
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
     fig = Figure(figsize=(11, 2.4+0.25*max(len(report.sources), 2)), dpi=110, layout="constrained")
     a,b,c = fig.subplots(1, 3)
     counts = np.array([np.pad(s.lengths, (0, max(len(o.lengths) for o in report.sources)-len(s.lengths))) for s in report.sources])
     for i,(n,below) in enumerate(zip(counts, np.cumsum(counts, 0)-counts)): a.bar(EDGES[:len(n)], n, np.diff(EDGES)[:len(n)], below, align="edge", label=f"dataset {i+1}")
     if report.sequence_len: a.axvline(report.sequence_len+1, color=_RED, ls="--", lw=1, label="sequence_len")
     a.legend(fontsize=8)
-    a.set(xlim=(EDGES[max(0, np.flatnonzero(counts.sum(0))[0]-2) if counts.any() else 0], None), title="Lengths", xlabel="tokens of a sample", ylabel="samples", xscale="log", yscale="log" if counts.max(initial=0)>1000 else "linear")
+    a.set_xscale("log", base=2)
+    a.xaxis.set_major_formatter(EngFormatter(sep=""))
+    a.set(xlim=(EDGES[max(0, np.flatnonzero(counts.sum(0))[0]-2) if counts.any() else 0], None), title="Lengths", xlabel="tokens of a sample", ylabel="samples", yscale="log" if counts.max(initial=0)>1000 else "linear")
     names = [f"{i+1}: {Path(s.path).name[-20:]}{' (evaluation)' if s.role=='valid' else ''}" for i,s in enumerate(report.sources)]
     _bars(b, names, [s.tokens for s in report.sources], [s.trained for s in report.sources], "Datasets")
     roles = {r: np.sum([s.roles[r] for s in report.sources if r in s.roles], 0) for r in dict.fromkeys(r for s in report.sources for r in s.roles)}
