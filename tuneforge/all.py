@@ -23,6 +23,7 @@ from .explain import explain, config_table, json_schema
 from .tiny import *
 from .report import REASONS, DataReport, SourceReport, plot_report
 from .mixing import draw_valid
+from .engines import *
 from .sources import *
 from .prompts import *
 from .templates import *

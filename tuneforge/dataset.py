@@ -26,7 +26,7 @@ from .report import BAD, CUT_UNTRAINED, HELD_OUT, LONG, LOST, OTHER_SHARD, OVER_
 from .sources import broken_lines, is_local, load_rows, local_files, not_utf8
 from .store import digest, is_whole, made_once, why_missing
 from .templates import resolve_template
-from .tokens import IGNORE, disagreement, golden_prompts, tokenise_rows
+from .tokens import IGNORE, by_row, disagreement, golden_prompts, tokenise_rows
 
 # %% ../nbs/14_dataset.ipynb #1832c51c
 def _starts(path):
@@ -113,7 +113,8 @@ def _tokenise(batch, numbers, entry, fmt, opts, tokenizer, taken=None):
     "A batch of columns -> `input_ids`, `labels`, `row`, `reason`, `error` of its samples"
     if taken is not None: numbers = taken[numbers].tolist()
     rows,broken = _as_rows(batch)
-    samples,errors = tokenise_rows(rows, fmt, tokenizer, _limit(opts), opts.train_on_inputs)
+    batch,row,errors = tokenise_rows(rows, fmt, tokenizer, _limit(opts), opts.train_on_inputs)
+    samples = by_row(batch, row, len(rows))
     errors |= broken
     stop = lambda i,e: UserError(f"{row_places(entry, [numbers[i]+1])[0]}: {e}")
     if errors and opts.on_bad_row=="stop": raise stop(min(errors), errors[min(errors)])
@@ -244,7 +245,8 @@ def _each(ds, numbers, fmt, opts, tokenizer, want_offsets=False):
     for a in range(0, len(numbers), 1000):
         part = numbers[a:a+1000]
         rows,broken = _as_rows(ds[[n-1 for n in part]])
-        samples,errors = tokenise_rows(rows, fmt, tokenizer, _limit(opts), opts.train_on_inputs, want_offsets)
+        batch,row,errors = tokenise_rows(rows, fmt, tokenizer, _limit(opts), opts.train_on_inputs, want_offsets)
+        samples = by_row(batch, row, len(rows))
         errors |= broken
         if opts.excess_length_strategy in ("truncate","split"): samples = [[p for s in o for p in _fitted(s, opts)] for o in samples]
         for i,n in enumerate(part): yield n,rows[i],[] if i in errors else samples[i],errors.get(i)
@@ -381,7 +383,7 @@ def _content(entry:DatasetOptions):
     if not is_local(entry.path): return [entry.path, entry.revision]
     return [hashlib.file_digest(f.open("rb"), "sha256").hexdigest() for f in local_files(entry)]
 
-_CODE = ["chat","dataset","mixing","prompts","report","sources","templates","tokens"]
+_CODE = ["chat","dataset","engines","mixing","prompts","report","sources","templates","tokens"]
 "Modules that decide about tokens"
 _LIBRARIES = ["datasets","jinja2","tokenizers","transformers"]
 "Libraries that decide about tokens"
