@@ -24,6 +24,7 @@ from .tiny import *
 from .report import REASONS, DataReport, SourceReport, plot_report
 from .mixing import draw_valid
 from .engines import *
+from .files import *
 from .sources import *
 from .prompts import *
 from .templates import *

@@ -93,8 +93,8 @@ NOT_YET = _table(
         "liger_cross_entropy liger_fused_linear_cross_entropy plugins gc_steps torch_empty_cache_steps activation_offloading gradient_checkpointing=unsloth gradient_checkpointing=offload "
         "gradient_checkpointing=offload_disk flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_fuse_mlp unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o "
         "unsloth_rms_norm unsloth_rope", "remove it: the result is the same, with more memory or time"),
-    sources=("datasets.shards datasets.shards_idx datasets.preprocess_shards datasets.trust_remote_code datasets.ds_type=csv datasets.ds_type=parquet datasets.ds_type=arrow datasets.ds_type=text",
-        "turn the data into a JSONL file first"),
+    sources=("datasets.trust_remote_code",
+        "save the rows that the code makes as a file first"),
     data=("push_dataset_to_hub skip_prepare_dataset tokenizer_engine=auto tokenizer_engine=tokie tokenizer_engine=gigatoken "
         "tokenizer_verify", "prepare the data that way before, and remove it"))
 
@@ -307,14 +307,14 @@ class SourceOptions(Options):
     "Where the rows of a dataset come from"
     path:str = Field(description="file, folder, `s3://`, `gs://`, `az://` or `https://` address, or dataset id on the hub; a local path wins")
     name:str|list[str]|None = _opt(None, "configuration of a hub dataset; a list stands for several entries that differ in it")
-    split:str = _opt("train", "split of a hub dataset; `train[:500]` takes a part of it")
+    split:str = _opt("train", "split of the dataset; a file has only `train`; `train[:500]`, `train[:10%]+test` take parts")
     revision:str|None = _opt(None, "branch, tag or commit of a hub dataset")
-    data_files:str|list[str]|None = _opt(None, "files to take from the folder or hub repository")
-    ds_type:Literal["json","csv","parquet","arrow","text"]|None = _opt(None, "file format, where the suffix does not tell")
+    data_files:str|list[str]|None = _opt(None, "files to take from the folder or hub repository, or patterns such as `part-*.jsonl`")
+    ds_type:Literal["json","csv","tsv","parquet","arrow","text"]|None = _opt(None, "kind of the files, where the suffix does not tell, or the folder has several")
     trust_remote_code:bool = _opt(False, "run Python code that comes with the dataset; datasets 4 and newer cannot, so this is refused")
-    shards:int|None = _opt(None, "cut the dataset into so many parts, and take one", gt=0)
+    shards:int|None = _opt(None, "cut the dataset into so many parts, and take one: each `shards`-th row", gt=0)
     shards_idx:int|None = _opt(None, "which part, from 0", ge=0)
-    preprocess_shards:int|None = _opt(None, "tokenise in so many parts, one after the other", gt=0)
+    preprocess_shards:int|None = _opt(None, "tokenise in so many parts, one after the other; here rows are always prepared in batches", gt=0)
 
 OptionTable(SourceOptions)
 
@@ -773,7 +773,7 @@ MOVED = {"rope_scaling": "it belongs to the model's own config.json, or under `o
 # %% ../nbs/01_options.ipynb #8c4a08e6
 HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated", "sample_packing_group_size": "a look-ahead of a few thousand samples fills the rows", "sample_packing_bin_size": "a row holds as many samples as fit",
     "sample_packing_mp_start_method": "packing needs no processes", "total_num_tokens": "tokens are counted", "total_supervised_tokens": "tokens are counted", "multipack_real_batches": "rows of a packed batch are always kept apart",
-    "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "datasets.type.field": "`completion` names its column beside `type`",
+    "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "datasets.preprocess_shards": "rows are always prepared in batches, in flat memory", "datasets.type.field": "`completion` names its column beside `type`",
     "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "tokenizer_use_fast": "only fast tokenizers are used",
     **{f"is_{o}_derived_model": "the architecture is read from the model's config" for o in ("falcon","llama","mistral","qwen")}}
 "Keys that are accepted and say nothing, with the reason; a note repeats it"
