@@ -95,8 +95,7 @@ NOT_YET = _table(
         "unsloth_rms_norm unsloth_rope", "remove it: the result is the same, with more memory or time"),
     sources=("datasets.trust_remote_code",
         "save the rows that the code makes as a file first"),
-    data=("push_dataset_to_hub skip_prepare_dataset tokenizer_engine=auto tokenizer_engine=tokie tokenizer_engine=gigatoken "
-        "tokenizer_verify", "prepare the data that way before, and remove it"))
+    data=("push_dataset_to_hub skip_prepare_dataset", "prepare the data that way before, and remove it"))
 
 # %% ../nbs/01_options.ipynb #1c3773a1
 NOT_YET |= _table(
@@ -418,8 +417,8 @@ class PreparedOptions(Options):
     dataset_shard_idx:int|None = _opt(None, "which part, from 0", ge=0)
     skip_prepare_dataset:bool = _opt(False, "pass raw rows to the collator (images)")
     remove_unused_columns:bool|None = _opt(None, "drop columns that the model does not take; here there are none")
-    tokenizer_engine:Literal["auto","hf","tokie","gigatoken"] = _opt("hf", "what tokenises: Hugging Face's tokenizers, or a faster engine that is first checked against them")
-    tokenizer_verify:int|Literal["all"] = _opt(2000, "texts of each dataset on which a faster engine is compared")
+    tokenizer_engine:Literal["auto","hf","tokie","gigatoken"] = _opt("auto", "what tokenises: Hugging Face's tokenizers, or a faster engine (`pip install 'tuneforge[fast]'`) that is first checked against them; `auto`: the fastest that is installed and gives the same ids")
+    tokenizer_verify:Annotated[int,Field(gt=0)]|Literal["all"] = _opt(2000, "rows of each dataset on which a faster engine is compared with Hugging Face's tokenizers")
     dataloader_num_workers:int|None = _opt(None, "processes that collate batches", ge=0)
     dataloader_pin_memory:bool|None = _opt(None, "collate into pinned memory")
     dataloader_prefetch_factor:int|None = _opt(None, "batches that each of these processes makes ahead", gt=0)
