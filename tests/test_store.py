@@ -111,7 +111,7 @@ def test_why_miss_names_the_part(home):
     edit("a.jsonl", "4", "3")
     (home/"c.yml").write_text(json.dumps(BASE | dict(sequence_len=200)))
     said = tuneforge("preprocess", "c.yml", "--why-miss", cwd=home).stdout
-    assert said.splitlines()[1:]==["  sequence_len: 512 → 200"] and len(list((home/"last_run_prepared").glob("*.lock")))==2
+    assert said.splitlines()[1:]==["  sequence_len: 512 → 200"] and len(list((home/"last_run_prepared").iterdir()))==2
 
 
 # ---- made once
@@ -230,18 +230,36 @@ def test_full_disks_come_in_many_clothes():
     assert not disk_full(OSError(errno.EACCES, "x")) and not disk_full(ValueError(os.strerror(errno.ENOSPC)))
 
 
+def hold(d, i):
+    def make(part):
+        with open(d/"inside", "x"): time.sleep(0.02) # fails where another is inside
+        (d/"inside").unlink()
+        if i%3: raise KeyError(i)
+        (part/"x").write_text("x")
+    try: made_once(d/"a", dict(a=1), make)
+    except KeyError: pass
+
+
+def test_one_at_a_time_also_where_some_fail(tmp_path):
+    many = [SERVER.Process(target=hold, args=(tmp_path, i)) for i in range(1, 13)]
+    for p in many: p.start()
+    for p in many: p.join()
+    assert [p.exitcode for p in many]==[0]*12 and is_whole(tmp_path/"a") and [f.name for f in tmp_path.iterdir()]==["a"]
+
+
 def test_other_errors_come_as_they_are(tmp_path):
     def fail(part): (part/"x").write_text("x"); raise KeyError("y")
     with pytest.raises(KeyError): made_once(tmp_path/"a", dict(a=1), fail)
-    assert not is_whole(tmp_path/"a") and not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.iterdir())
     assert made_once(tmp_path/"a", dict(a=1), lambda part: (part/"x").write_text("z"))[0] and (tmp_path/"a"/"x").read_text()=="z"
 
 
 def test_a_place_that_cannot_be_written_still_reads(tmp_path):
     big(tmp_path, 50)
     data = go(tmp_path)
-    for f in (tmp_path/"prepared").glob("*.lock"): f.unlink()
-    assert "found" in go(tmp_path).why and not list((tmp_path/"prepared").glob("*.lock")) # nothing is written where all is there
+    (tmp_path/"prepared").chmod(0o555)
+    before = (tmp_path/"prepared").stat().st_mtime_ns
+    assert "found" in go(tmp_path).why and (tmp_path/"prepared").stat().st_mtime_ns==before # nothing is written where all is there
     assert prepared_place(DataOptions(datasets=[DatasetOptions(path=str(tmp_path/"big.jsonl"))], val_set_size=0.1, dataset_prepared_path=str(tmp_path/"prepared")), TOK)[0]==data.path
 
 
