@@ -30,6 +30,7 @@ from .dataset import *
 from .packing import *
 from .inspect import *
 from .audit import *
+from .strips import *
 from .models import *
 from .attention import *
 from .adapters import *

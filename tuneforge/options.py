@@ -101,7 +101,7 @@ NOT_YET = _table(
 
 # %% ../nbs/01_options.ipynb #1c3773a1
 NOT_YET |= _table(
-    packing=("auto_find_batch_size packing=tight packing_check=off sample_packing_sequentially pad_to_multiple_of curriculum_sampling batch_flattening group_by_length pretraining_sample_concatenation "
+    packing=("auto_find_batch_size pretraining_sample_concatenation "
         "pretrain_multipack_buffer_size streaming_multipack_buffer_size pretrain_multipack_attn=False use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks", "remove it, or use `sample_packing: true`"),
     adapters=("adapter=llama-adapter peft_adapter lora_target_parameters peft_init_lora_weights peft_trainable_token_indices peft_ensure_weight_tying peft relora relora_steps relora_warmup_steps "
         "relora_anneal_steps relora_prune_ratio relora_cpu_offload jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps unfrozen_parameters lisa_n_layers lisa_step_interval "
@@ -466,7 +466,12 @@ class PackingOptions(Options):
     eval_sample_packing:bool|None = _opt(None, "the same for evaluation; blank: as `sample_packing`")
     packing:Literal["fill","tight"] = _opt("fill", "`fill`: in shuffled order, gaps closed from a look-ahead; `tight`: best fit decreasing, at the price of mixing samples by length")
     packing_check:Literal["on","off"] = _opt("on", "prove on the model that samples in a row do not see each other, before training")
-    sample_packing_sequentially:bool = _opt(False, "pack in the order of the data")
+    sample_packing_sequentially:bool = _opt(False, "close a row at the first sample that does not fit: it holds neighbours, and more of it stays empty")
+    sample_packing_group_size:int = _opt(10_000, "samples that are looked through for one that closes a gap", gt=0)
+    sample_packing_bin_size:int|None = _opt(None, "most samples in a row; blank: as many as fit", gt=0)
+    curriculum_sampling:bool = _opt(False, "train in the order of the data, in every epoch")
+    group_by_length:bool = _opt(False, "put samples of like length into a step, so that there is less padding; not with `sample_packing`")
+    batch_flattening:bool|Literal["auto"]|None = _opt(None, "join the samples of a batch into one row without padding, isolated from each other; `auto`: with FlashAttention")
     pad_to_sequence_len:bool|None = _opt(None, "pad every batch to `sequence_len`; blank: only with `sample_packing`")
     pad_to_multiple_of:int|None = _opt(None, "pad every batch to a multiple of this", gt=0)
 
@@ -474,17 +479,12 @@ OptionTable(PackingOptions)
 
 # %% ../nbs/01_options.ipynb #44faafa3
 class OldPackingOptions(Options):
-    "Packing as Axolotl describes it, and other orders of the data"
+    "Packing as Axolotl describes it, and streams"
     sample_packing_eff_est:float|None = _opt(None, "estimated share of a packed row that is full; here it is counted", gt=0)
-    sample_packing_group_size:int = _opt(100_000, "samples among which a row is filled; here a look-ahead of a few thousand is enough", gt=0)
-    sample_packing_bin_size:int = _opt(200, "most samples in a row; here there is no such limit", gt=0)
     sample_packing_mp_start_method:str|None = _opt(None, "how packing starts its processes; here it needs none")
     total_num_tokens:int|None = _opt(None, "tokens in the data; here they are counted")
     total_supervised_tokens:int|None = _opt(None, "trained tokens in the data; here they are counted")
     multipack_real_batches:bool|None = _opt(None, "keep rows of a packed batch apart; here they always are")
-    curriculum_sampling:bool = _opt(False, "train in the order of the data")
-    batch_flattening:bool|Literal["auto"]|None = _opt(None, "join the samples of a batch into one row without padding")
-    group_by_length:bool = _opt(False, "put samples of like length into a batch")
     pretraining_sample_concatenation:bool|None = _opt(None, "join texts of a stream to rows of `sequence_len`")
     pretrain_multipack_buffer_size:int = _opt(10_000, "texts of a stream among which rows are packed", gt=0)
     streaming_multipack_buffer_size:int = _opt(10_000, "samples of a stream among which rows are packed", gt=0)
@@ -765,7 +765,7 @@ MOVED = {"rope_scaling": "it belongs to the model's own config.json, or under `o
 "Keys that are no more, and what took their place"
 
 # %% ../nbs/01_options.ipynb #8c4a08e6
-HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated", "sample_packing_group_size": "a look-ahead of a few thousand samples fills the rows", "sample_packing_bin_size": "a row holds as many samples as fit",
+HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated",
     "sample_packing_mp_start_method": "packing needs no processes", "total_num_tokens": "tokens are counted", "total_supervised_tokens": "tokens are counted", "multipack_real_batches": "rows of a packed batch are always kept apart",
     "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "datasets.type.field": "`completion` names its column beside `type`",
     "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "tokenizer_use_fast": "only fast tokenizers are used",
