@@ -34,7 +34,7 @@ def test_same_as_a_bare_loop(data, tmp_path):
     torch.manual_seed(7)
     model = load_model(cfg, tok).train()
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
-    plan = plan_epochs([len(o) for o in ds["input_ids"]], 256, 3, 1, 2, seed=7, packing=False)[0]
+    plan = plan_epoch([len(o) for o in ds["input_ids"]], 256, 3, 1, 2, seed=7, way="single")
     want = []
     for step in plan.order[:5]:
         rows = [plan.bin(i)[0] for i in step.ravel()]

@@ -87,8 +87,8 @@ NOT_YET = _table(
         "save the model or tokenizer with these changes first, and name its folder as `base_model`"),
     quant=("bnb_config_kwargs gptq gptq_disable_exllama qlora_sharded_model_loading", "use `load_in_4bit` or `load_in_8bit`"),
     place=("gpu_memory_limit max_memory low_cpu_mem_usage lora_on_cpu device_map device", "remove it: the model goes to the best device"),
-    attention=("flex_attention flex_attn_compile_kwargs xformers_attention s2_attention flash_optimum attn_implementation=flash_attention_3 attn_implementation=flash_attention_4 "
-        "attn_implementation=flex_attention attn_implementation=xformers", "use `flash_attention`, `sdp_attention` or `eager_attention`"),
+    attention=("flex_attn_compile_kwargs xformers_attention s2_attention flash_optimum attn_implementation=flash_attention_3 attn_implementation=flash_attention_4 "
+        "attn_implementation=xformers", "use `flash_attention`, `flex_attention`, `sdp_attention` or `eager_attention`"),
     kernels=("torch_compile torch_compile_backend torch_compile_mode chunked_cross_entropy chunked_cross_entropy_num_chunks cut_cross_entropy liger_rope liger_rms_norm liger_layer_norm liger_glu_activation "
         "liger_cross_entropy liger_fused_linear_cross_entropy plugins gc_steps torch_empty_cache_steps activation_offloading gradient_checkpointing=unsloth gradient_checkpointing=offload "
         "gradient_checkpointing=offload_disk flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_fuse_mlp unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o "
@@ -252,7 +252,7 @@ class AttentionOptions(Options):
     flash_attention:bool|None = _opt(None, "prefer FlashAttention 2; where it cannot run, sdpa is used and said so")
     sdp_attention:bool|None = _opt(None, "torch's scaled dot product attention")
     eager_attention:bool|None = _opt(None, "plain attention in matrix products")
-    flex_attention:bool|None = _opt(None, "torch's FlexAttention, compiled")
+    flex_attention:bool|None = _opt(None, "prefer torch's FlexAttention, compiled, on a GPU; where it cannot run, sdpa is used and said so")
     flex_attn_compile_kwargs:dict|None = _opt(None, "how FlexAttention is compiled")
     xformers_attention:bool|None = _opt(None, "memory-efficient attention of xFormers")
     s2_attention:bool|None = _opt(None, "shifted sparse attention (LongLoRA)")
