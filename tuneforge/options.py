@@ -467,7 +467,7 @@ class PackingOptions(Options):
     packing:Literal["fill","tight"] = _opt("fill", "`fill`: in shuffled order, gaps closed from a look-ahead; `tight`: best fit decreasing, at the price of mixing samples by length")
     packing_check:Literal["on","off"] = _opt("on", "prove on the model that samples in a row do not see each other, before training")
     sample_packing_sequentially:bool = _opt(False, "close a row at the first sample that does not fit: it holds neighbours, and more of it stays empty")
-    sample_packing_group_size:int = _opt(10_000, "samples that are looked through for one that closes a gap", gt=0)
+    sample_packing_group_size:int|None = _opt(None, "samples that are looked through for one that closes a gap; blank: a fiftieth of all, 200 to 10,000", gt=0)
     sample_packing_bin_size:int|None = _opt(None, "most samples in a row; blank: as many as fit", gt=0)
     curriculum_sampling:bool = _opt(False, "train in the order of the data, in every epoch")
     group_by_length:bool = _opt(False, "put samples of like length into a step, so that there is less padding; not with `sample_packing`")

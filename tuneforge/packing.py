@@ -155,13 +155,14 @@ def pack(
     order:np.ndarray, # sample ids in the order of training
     capacity:int, # tokens in a bin
     way:str="fill", # `fill`, `tight`, `sequential`; `single`: one sample in a bin
-    look_ahead:int=10_000, # samples among which a gap is closed (`fill`)
+    look_ahead:int|None=None, # samples among which a gap is closed (`fill`); None: a fiftieth of all, 200 to 10,000
     most:int|None=None, # samples in a bin; None: as many as fit
     rng:np.random.Generator|None=None, # shuffles the bins (`tight`)
     compile:bool|None=None, # with numba; None: where it pays
 ) -> tuple[np.ndarray,np.ndarray]: # (ids of samples, bin after bin; where bins begin, one more than bins)
     "Put samples into bins. The result is the same, compiled or not."
     L,n,most = lengths[order],len(order),most or len(order)
+    look_ahead = look_ahead or min(10_000, max(200, n//50))
     if way=="single": return order,np.arange(n+1)
     if way=="fill": places,starts,bins = _run(_fill_then_close, L, capacity, look_ahead, most, compile=compile)
     if way=="sequential": places,(starts,_,bins) = slice(None),_run(_next_fit, L, capacity, most, compile=compile)
@@ -270,7 +271,7 @@ def plan_epoch(
     epoch:int=0, # from 0
     way:str="fill", # as for `pack`; or `by_length`: one sample in a bin, samples of like length in a step
     shuffle:bool=True, # False: as they come
-    look_ahead:int=10_000, # samples among which a gap is closed
+    look_ahead:int|None=None, # samples among which a gap is closed; None: a fiftieth of all, 200 to 10,000
     most:int|None=None, # samples in a bin
     steps:int=0, # at least so many
     compile:bool|None=None, # with numba; None: where it pays
