@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/train.html.md"""
 
 # %% auto #0
 __all__ = ['total_steps', 'plan_run', 'PlanLoader', 'causal_loss', 'ForgeTrainer', 'mean_loss', 'training_arguments',
-           'stop_token_ids', 'make_trainer', 'flattens', 'prove_isolation', 'train', 'save_run']
+           'stop_token_ids', 'flattens', 'prove_isolation', 'make_trainer', 'train', 'save_run']
 
 # %% ../nbs/33_train.ipynb #4302daee
 import json,math,os
@@ -180,6 +180,25 @@ def stop_token_ids(
     if not stops: log.warning("no trained text ends with a special token: the model will not learn to stop. Perhaps the chat template ends turns with what is no token of this tokenizer; `tuneforge preview` shows it")
     return list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
 
+# %% ../nbs/33_train.ipynb #5a3c1e02
+def flattens(
+    opts:PackingOptions, # `batch_flattening`
+    isolation:Isolation, # how the model is told where samples end
+) -> bool: # whether unpacked rows are joined into one
+    "Whether the samples of a micro-batch become one row: if asked for, or, with `auto`, if the model attends with FlashAttention"
+    if opts.sample_packing or opts.micro_batch_size==1: return False
+    return opts.batch_flattening is True or (opts.batch_flattening=="auto" and isolation.flat)
+
+def prove_isolation(
+    opts:PackingOptions, # `sample_packing`, `batch_flattening`, `packing_check`
+    model, # that will be trained, without an adapter
+    tokenizer, # its tokenizer
+) -> Isolation: # how it is told where samples end
+    "What keeps the samples of a row apart, shown on the model unless `packing_check: off`. Raises `LeakError`."
+    usual = isolations(model)[0]
+    key = "sample_packing" if opts.sample_packing else "batch_flattening" if flattens(opts, usual) else None
+    return check_isolation(model, tokenizer, key) if key and opts.packing_check=="on" else usual
+
 # %% ../nbs/33_train.ipynb #127c322c
 def make_trainer(
     cfg:Config, # all options
@@ -208,24 +227,6 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     if cfg.early_stopping_patience: trainer.add_callback(EarlyStoppingCallback(cfg.early_stopping_patience))
     return trainer
-
-def flattens(
-    opts:PackingOptions, # `batch_flattening`
-    isolation:Isolation, # how the model is told where samples end
-) -> bool: # whether unpacked rows are joined into one
-    "Whether the samples of a micro-batch become one row: if asked for, or, with `auto`, if the model attends with FlashAttention"
-    if opts.sample_packing or opts.micro_batch_size==1: return False
-    return opts.batch_flattening is True or (opts.batch_flattening=="auto" and isolation.flat)
-
-def prove_isolation(
-    opts:PackingOptions, # `sample_packing`, `batch_flattening`, `packing_check`
-    model, # that will be trained, without an adapter
-    tokenizer, # its tokenizer
-) -> Isolation: # how it is told where samples end
-    "What keeps the samples of a row apart, shown on the model unless `packing_check: off`. Raises `LeakError`."
-    usual = isolations(model)[0]
-    key = "sample_packing" if opts.sample_packing else "batch_flattening" if flattens(opts, usual) else None
-    return check_isolation(model, tokenizer, key) if key and opts.packing_check=="on" else usual
 
 # %% ../nbs/33_train.ipynb #abd7c370
 def train(
