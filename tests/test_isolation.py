@@ -145,7 +145,7 @@ FLEX = """
 import sys, torch
 from tuneforge.all import *
 from tests.test_isolation import rows, as_bins, tok
-model = load_model(ModelOptions(base_model=f"tiny:{sys.argv[1]}?head_dim=16")).eval()
+model = load_model(ModelOptions(base_model=f"tiny:{sys.argv[1]}")).eval()
 rs = rows(3, ((30, 12, 7, 79), (60, 68)))
 batch = Isolation().collator(0, length=128)(as_bins(rs))
 apart = [model(input_ids=torch.tensor([s]), use_cache=False).logits[0] for r in rs for s in r]

@@ -60,7 +60,7 @@ class PackView:
     @property
     def load(self): # each rank's share of attention's work in this step, 1 is the mean
         cost = self.plan.per_bin(self.plan.lengths.astype(np.int64)**2)[self.plan.order[self.step]].sum((1,2)).astype(float)
-        return cost/max(cost.mean(), 1)
+        return cost/(cost.mean() or 1)
     def figures(self): # (name, value)
         p = self.plan
         yield "samples, bins",f"{len(p.sample_ids):,} in {len(p.bin_offsets)-1:,}"
