@@ -21,6 +21,7 @@ from .options import *
 from .config import *
 from .explain import explain, config_table, json_schema
 from .tiny import *
+from .engines import *
 from .sources import *
 from .prompts import *
 from .templates import *

@@ -19,7 +19,7 @@ from .derive import prepared_folder
 from .prompts import FORMATS, own_function, prompt_format, with_defaults
 from .sources import broken_lines, is_local, load_rows, local_files, not_utf8
 from .templates import resolve_template
-from .tokens import IGNORE, disagreement, golden_prompts, tokenise_rows
+from .tokens import IGNORE, by_row, disagreement, golden_prompts, tokenise_rows
 
 # %% ../nbs/14_dataset.ipynb #9abe5ea4
 @dataclass
@@ -119,7 +119,8 @@ def drop_reason(
 def _tokenise(batch, numbers, entry, fmt, opts, tokenizer):
     "A batch of columns -> `input_ids`, `labels`, `row`, `reason`, `error` of its samples"
     rows,broken = _as_rows(batch)
-    samples,errors = tokenise_rows(rows, fmt, tokenizer, opts.sequence_len, opts.train_on_inputs)
+    batch,row,errors = tokenise_rows(rows, fmt, tokenizer, opts.sequence_len, opts.train_on_inputs)
+    samples = by_row(batch, row, len(rows))
     errors |= broken
     if errors and opts.on_bad_row=="stop": raise UserError(f"{row_places(entry, [numbers[i := min(errors)]+1])[0]}: {errors[i]}")
     res = dict(input_ids=[], labels=[], row=[], reason=[], error=[])
@@ -191,7 +192,8 @@ def _each(ds, numbers, fmt, opts, tokenizer, want_offsets=False):
     for a in range(0, len(numbers), 1000):
         part = numbers[a:a+1000]
         rows,broken = _as_rows(ds[[n-1 for n in part]])
-        samples,errors = tokenise_rows(rows, fmt, tokenizer, opts.sequence_len, opts.train_on_inputs, want_offsets)
+        batch,row,errors = tokenise_rows(rows, fmt, tokenizer, opts.sequence_len, opts.train_on_inputs, want_offsets)
+        samples = by_row(batch, row, len(rows))
         errors |= broken
         for i,n in enumerate(part): yield n,rows[i],[] if i in errors else samples[i],errors.get(i)
 
