@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from .adapters import add_adapter, check_new_tokens
-from .attention import Isolation, check_isolation, isolations, set_attention
+from .attention import NEED_MASK, Isolation, check_isolation, isolations, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
 from .checkpoint import Run, resume_from, write_text
-from .config import Config, ModelOptions, PackingOptions, TrainOptions, log
+from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserError, log
 from .dataset import Prepared, prepare_data
 from .derive import accumulation, eval_rows, fixed_length, interval
 from .inspect import show_samples
@@ -197,7 +197,10 @@ def prove_isolation(
     "What keeps the samples of a row apart, shown on the model unless `packing_check: off`. Raises `LeakError`."
     usual = isolations(model)[0]
     key = "sample_packing" if opts.sample_packing else "batch_flattening" if flattens(opts, usual) else None
-    return check_isolation(model, tokenizer, key) if key and opts.packing_check=="on" else usual
+    if key and opts.packing_check=="on": return check_isolation(model, tokenizer, key)
+    if key and usual.mask and model.config.get_text_config().model_type not in NEED_MASK:
+        raise UserError(f"`{key}` needs a model that takes positions, and {type(model).__name__} takes none: `packing_check: off` does not help. Set `{key}: false`.")
+    return usual
 
 # %% ../nbs/33_train.ipynb #127c322c
 def make_trainer(
