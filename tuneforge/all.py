@@ -34,6 +34,7 @@ from .dataset import *
 from .packing import *
 from .inspect import *
 from .audit import *
+from .strips import *
 from .models import *
 from .attention import *
 from .adapters import *

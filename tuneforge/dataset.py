@@ -463,7 +463,7 @@ def sample_lengths(
 ) -> np.ndarray: # tokens of each sample
     "Lengths, without a look at the tokens"
     import pyarrow.compute as pc
-    lengths = pc.list_value_length(ds.data.column("input_ids")).to_numpy()
+    lengths = pc.list_value_length(ds.data.column("input_ids")).to_numpy().astype(np.int64)
     return lengths if ds._indices is None else lengths[ds._indices.column(0).to_numpy()]
 
 # %% ../nbs/14_dataset.ipynb #986b59da

@@ -87,8 +87,8 @@ NOT_YET = _table(
         "save the model or tokenizer with these changes first, and name its folder as `base_model`"),
     quant=("bnb_config_kwargs gptq gptq_disable_exllama qlora_sharded_model_loading", "use `load_in_4bit` or `load_in_8bit`"),
     place=("gpu_memory_limit max_memory low_cpu_mem_usage lora_on_cpu device_map device", "remove it: the model goes to the best device"),
-    attention=("flex_attention flex_attn_compile_kwargs xformers_attention s2_attention flash_optimum attn_implementation=flash_attention_3 attn_implementation=flash_attention_4 "
-        "attn_implementation=flex_attention attn_implementation=xformers", "use `flash_attention`, `sdp_attention` or `eager_attention`"),
+    attention=("flex_attn_compile_kwargs xformers_attention s2_attention flash_optimum attn_implementation=flash_attention_3 attn_implementation=flash_attention_4 "
+        "attn_implementation=xformers", "use `flash_attention`, `flex_attention`, `sdp_attention` or `eager_attention`"),
     kernels=("torch_compile torch_compile_backend torch_compile_mode chunked_cross_entropy chunked_cross_entropy_num_chunks cut_cross_entropy liger_rope liger_rms_norm liger_layer_norm liger_glu_activation "
         "liger_cross_entropy liger_fused_linear_cross_entropy plugins gc_steps torch_empty_cache_steps activation_offloading gradient_checkpointing=unsloth gradient_checkpointing=offload "
         "gradient_checkpointing=offload_disk flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_fuse_mlp unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o "
@@ -99,7 +99,7 @@ NOT_YET = _table(
 
 # %% ../nbs/01_options.ipynb #1c3773a1
 NOT_YET |= _table(
-    packing=("auto_find_batch_size packing=tight packing_check=off sample_packing_sequentially pad_to_multiple_of curriculum_sampling batch_flattening group_by_length pretraining_sample_concatenation "
+    packing=("auto_find_batch_size pretraining_sample_concatenation "
         "pretrain_multipack_buffer_size streaming_multipack_buffer_size pretrain_multipack_attn=False use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks", "remove it, or use `sample_packing: true`"),
     adapters=("adapter=llama-adapter peft_adapter lora_target_parameters peft_init_lora_weights peft_trainable_token_indices peft_ensure_weight_tying peft relora relora_steps relora_warmup_steps "
         "relora_anneal_steps relora_prune_ratio relora_cpu_offload jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps unfrozen_parameters lisa_n_layers lisa_step_interval "
@@ -250,7 +250,7 @@ class AttentionOptions(Options):
     flash_attention:bool|None = _opt(None, "prefer FlashAttention 2; where it cannot run, sdpa is used and said so")
     sdp_attention:bool|None = _opt(None, "torch's scaled dot product attention")
     eager_attention:bool|None = _opt(None, "plain attention in matrix products")
-    flex_attention:bool|None = _opt(None, "torch's FlexAttention, compiled")
+    flex_attention:bool|None = _opt(None, "prefer torch's FlexAttention, compiled, on a GPU; where it cannot run, sdpa is used and said so")
     flex_attn_compile_kwargs:dict|None = _opt(None, "how FlexAttention is compiled")
     xformers_attention:bool|None = _opt(None, "memory-efficient attention of xFormers")
     s2_attention:bool|None = _opt(None, "shifted sparse attention (LongLoRA)")
@@ -471,7 +471,12 @@ class PackingOptions(Options):
     eval_sample_packing:bool|None = _opt(None, "the same for evaluation; blank: as `sample_packing`")
     packing:Literal["fill","tight"] = _opt("fill", "`fill`: in shuffled order, gaps closed from a look-ahead; `tight`: best fit decreasing, at the price of mixing samples by length")
     packing_check:Literal["on","off"] = _opt("on", "prove on the model that samples in a row do not see each other, before training")
-    sample_packing_sequentially:bool = _opt(False, "pack in the order of the data")
+    sample_packing_sequentially:bool = _opt(False, "close a row at the first sample that does not fit: it holds neighbours, and more of it stays empty")
+    sample_packing_group_size:int|None = _opt(None, "samples that are looked through for one that closes a gap; blank: a fiftieth of all, 200 to 10,000", gt=0)
+    sample_packing_bin_size:int|None = _opt(None, "most samples in a row; blank: as many as fit", gt=0)
+    curriculum_sampling:bool = _opt(False, "train in the order of the data, in every epoch")
+    group_by_length:bool = _opt(False, "put samples of like length into a step, so that there is less padding; not with `sample_packing`")
+    batch_flattening:bool|Literal["auto"]|None = _opt(None, "join the samples of a batch into one row without padding, isolated from each other; `auto`: with FlashAttention")
     pad_to_sequence_len:bool|None = _opt(None, "pad every batch to `sequence_len`; blank: only with `sample_packing`")
     pad_to_multiple_of:int|None = _opt(None, "pad every batch to a multiple of this", gt=0)
 
@@ -479,17 +484,12 @@ OptionTable(PackingOptions)
 
 # %% ../nbs/01_options.ipynb #44faafa3
 class OldPackingOptions(Options):
-    "Packing as Axolotl describes it, and other orders of the data"
+    "Packing as Axolotl describes it, and streams"
     sample_packing_eff_est:float|None = _opt(None, "estimated share of a packed row that is full; here it is counted", gt=0)
-    sample_packing_group_size:int = _opt(100_000, "samples among which a row is filled; here a look-ahead of a few thousand is enough", gt=0)
-    sample_packing_bin_size:int = _opt(200, "most samples in a row; here there is no such limit", gt=0)
     sample_packing_mp_start_method:str|None = _opt(None, "how packing starts its processes; here it needs none")
     total_num_tokens:int|None = _opt(None, "tokens in the data; here they are counted")
     total_supervised_tokens:int|None = _opt(None, "trained tokens in the data; here they are counted")
     multipack_real_batches:bool|None = _opt(None, "keep rows of a packed batch apart; here they always are")
-    curriculum_sampling:bool = _opt(False, "train in the order of the data")
-    batch_flattening:bool|Literal["auto"]|None = _opt(None, "join the samples of a batch into one row without padding")
-    group_by_length:bool = _opt(False, "put samples of like length into a batch")
     pretraining_sample_concatenation:bool|None = _opt(None, "join texts of a stream to rows of `sequence_len`")
     pretrain_multipack_buffer_size:int = _opt(10_000, "texts of a stream among which rows are packed", gt=0)
     streaming_multipack_buffer_size:int = _opt(10_000, "samples of a stream among which rows are packed", gt=0)
@@ -770,7 +770,7 @@ MOVED = {"rope_scaling": "it belongs to the model's own config.json, or under `o
 "Keys that are no more, and what took their place"
 
 # %% ../nbs/01_options.ipynb #8c4a08e6
-HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated", "sample_packing_group_size": "a look-ahead of a few thousand samples fills the rows", "sample_packing_bin_size": "a row holds as many samples as fit",
+HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated",
     "sample_packing_mp_start_method": "packing needs no processes", "total_num_tokens": "tokens are counted", "total_supervised_tokens": "tokens are counted", "multipack_real_batches": "rows of a packed batch are always kept apart",
     "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "datasets.preprocess_shards": "rows are always prepared in batches, in flat memory", "datasets.type.field": "`completion` names its column beside `type`",
     "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "tokenizer_use_fast": "only fast tokenizers are used",

@@ -85,7 +85,7 @@ _lora = [k for k in LoraOptions.model_fields if k!="adapter"]
 NEEDS = {
     "adapter": f"{' '.join(_lora)} loraplus_lr_ratio loraplus_lr_embedding relora relora_steps qlora_sharded_model_loading", "load_in_4bit|load_in_8bit": "bnb_config_kwargs", "gptq": "gptq_disable_exllama",
     "peft_layers_to_transform": "peft_layers_pattern", "relora|relora_steps": "relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_cpu_offload", "jagged_restart_steps": "jagged_restart_warmup_steps jagged_restart_anneal_steps",
-    "lisa_n_layers": "lisa_step_interval lisa_layers_attribute", "sample_packing": "eval_sample_packing packing packing_check sample_packing_sequentially", "use_pose": "pose_split_on_token_ids pose_max_context_len pose_num_chunks",
+    "lisa_n_layers": "lisa_step_interval lisa_layers_attribute", "sample_packing": "eval_sample_packing packing sample_packing_sequentially sample_packing_group_size sample_packing_bin_size", "sample_packing|batch_flattening": "packing_check", "use_pose": "pose_split_on_token_ids pose_max_context_len pose_num_chunks",
     "pretraining_dataset|streaming": "pretraining_sample_concatenation pretrain_multipack_buffer_size streaming_multipack_buffer_size pretrain_multipack_attn", "torch_compile": "torch_compile_backend torch_compile_mode",
     "gradient_checkpointing": "gradient_checkpointing_kwargs activation_offloading", "chunked_cross_entropy": "chunked_cross_entropy_num_chunks", "flex_attention|attn_implementation=flex_attention": "flex_attn_compile_kwargs",
     "fsdp|fsdp_config": "fsdp_version fsdp_final_state_dict_type", "rl": "rl_beta rl_adapter_ref_model max_prompt_len", "rl=dpo,ipo": "dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs", "rl=dpo": "rpo_alpha", "rl=orpo": "orpo_alpha",
@@ -239,12 +239,22 @@ def _packing_gets_along(cfg):
     if cfg.eval_table_size and cfg.eval_sample_packing is not False: yield "eval_table_size", "answers cannot be taken from packed rows: set `eval_sample_packing: false`"
 
 @rule
+def _order_is_one(cfg):
+    off = lambda a,b: f"`{a}` and `{b}` contradict each other: "
+    if cfg.sample_packing and cfg.packing=="tight":
+        for k,why in (("sample_packing_sequentially","one keeps the order, the other sorts"),("curriculum_sampling","one keeps the order, the other sorts"),("sample_packing_group_size","`tight` looks through all samples")):
+            if asks(cfg, k): yield k, off("packing: tight", k)+why
+    if asks(cfg, "sample_packing_sequentially") and asks(cfg, "sample_packing_group_size"): yield "sample_packing_group_size", "`sample_packing_group_size` has no effect with `sample_packing_sequentially`: no gap is closed"
+    if cfg.group_by_length and cfg.sample_packing: yield "group_by_length", "`group_by_length` has no effect with `sample_packing`: packed rows are all of one length"
+    if cfg.group_by_length and cfg.curriculum_sampling: yield "group_by_length", off("curriculum_sampling", "group_by_length")+"one keeps the order of the data, the other sorts"
+
+@rule
 def _answers_need_whole_rows(cfg):
     if cfg.do_causal_lm_eval and cfg.eval_sample_packing: yield "do_causal_lm_eval", "answers cannot be taken from packed rows: set `eval_sample_packing: false`"
 
 @rule
-def _flattening_needs_flash(cfg):
-    if cfg.batch_flattening is True and not (cfg.flash_attention or (cfg.attn_implementation or "").startswith("flash")): yield "batch_flattening", "`batch_flattening` needs `flash_attention: true`"
+def _flattening_fills_rows(cfg):
+    if cfg.batch_flattening and cfg.pad_to_sequence_len: yield "pad_to_sequence_len", "`pad_to_sequence_len` undoes `batch_flattening`, which is there to do without padding"
 
 @note
 def _flattening_one_row(cfg):

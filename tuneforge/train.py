@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/train.html.md"""
 
 # %% auto #0
 __all__ = ['total_steps', 'plan_run', 'PlanLoader', 'causal_loss', 'ForgeTrainer', 'mean_loss', 'training_arguments',
-           'stop_token_ids', 'make_trainer', 'step_tokens', 'train', 'save_run']
+           'stop_token_ids', 'flattens', 'prove_isolation', 'make_trainer', 'train', 'save_run']
 
 # %% ../nbs/33_train.ipynb #4302daee
 import json,math,os
@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from .adapters import add_adapter, check_new_tokens
-from .attention import check_isolation, set_attention
+from .attention import NEED_MASK, Isolation, check_isolation, isolations, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
 from .checkpoint import Run, resume_from, write_text
-from .config import Config, ModelOptions, TrainOptions, log
-from .dataset import Prepared, prepare_data, sample_lengths
+from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserError, log
+from .dataset import Prepared, prepare_data
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval
 from .inspect import show_samples
 from .models import best_device, choose_precision, load_model
 from .optim import optimizer_name, schedule
-from .packing import Collator, PackPlan, plan_evaluation, plan_training
+from .packing import Collator, PackPlan, RunPlan, count_steps, plan_evaluation, plan_training, sample_lengths
 from .tokens import IGNORE, load_tokenizer
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
@@ -36,12 +36,12 @@ def total_steps(
     steps_per_epoch:int, # from the packing plan
 ) -> int: # optimizer steps
     "Optimizer steps of the run"
-    if opts.max_steps and "num_epochs" not in opts.model_fields_set: return opts.max_steps
-    return min(math.ceil(opts.num_epochs*steps_per_epoch), opts.max_steps or math.inf)
+    steps_decide = opts.max_steps and "num_epochs" not in opts.model_fields_set
+    return count_steps(None if steps_decide else opts.num_epochs, opts.max_steps, steps_per_epoch)
 
 def plan_run(
     opts:Config, # packing, lengths, epochs
-    lengths:list[int], # tokens of each sample
+    lengths:np.ndarray, # tokens of each sample
     world_size:int=1, # ranks
 ) -> tuple[list[PackPlan],int]: # (a plan for each epoch, optimizer steps)
     "Plan all epochs of a run"
@@ -180,6 +180,28 @@ def stop_token_ids(
     if not stops: log.warning("no trained text ends with a special token: the model will not learn to stop. Perhaps the chat template ends turns with what is no token of this tokenizer; `tuneforge preview` shows it")
     return list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
 
+# %% ../nbs/33_train.ipynb #5a3c1e02
+def flattens(
+    opts:PackingOptions, # `batch_flattening`
+    isolation:Isolation, # how the model is told where samples end
+) -> bool: # whether unpacked rows are joined into one
+    "Whether the samples of a micro-batch become one row: if asked for, or, with `auto`, if the model attends with FlashAttention"
+    if opts.sample_packing or opts.micro_batch_size==1: return False
+    return opts.batch_flattening is True or (opts.batch_flattening=="auto" and isolation.flat)
+
+def prove_isolation(
+    opts:PackingOptions, # `sample_packing`, `batch_flattening`, `packing_check`
+    model, # that will be trained, without an adapter
+    tokenizer, # its tokenizer
+) -> Isolation: # how it is told where samples end
+    "What keeps the samples of a row apart, shown on the model unless `packing_check: off`. Raises `LeakError`."
+    usual = isolations(model)[0]
+    key = "sample_packing" if opts.sample_packing else "batch_flattening" if flattens(opts, usual) else None
+    if key and opts.packing_check=="on": return check_isolation(model, tokenizer, key)
+    if key and usual.mask and model.config.get_text_config().model_type not in NEED_MASK:
+        raise UserError(f"`{key}` needs a model that takes positions, and {type(model).__name__} takes none: `packing_check: off` does not help. Set `{key}: false`.")
+    return usual
+
 # %% ../nbs/33_train.ipynb #127c322c
 def make_trainer(
     cfg:Config, # all options
@@ -187,31 +209,26 @@ def make_trainer(
     tokenizer, # of the run
     data:Prepared, # train and valid
     callbacks=(), # more callbacks
+    isolation:Isolation=Isolation(), # how the model is told where samples end; from `prove_isolation`
 ) -> ForgeTrainer: # ready to train
     "Plan the batches and put the trainer together"
     from transformers import EarlyStoppingCallback
     world,rank = int(os.environ.get("WORLD_SIZE", 1)),int(os.environ.get("RANK", 0))
     plans,steps = plan_run(cfg, sample_lengths(data.train), world)
+    run = RunPlan(plans, steps)
+    if rank==0: log.info(repr(run))
     args = training_arguments(cfg, steps, plans[0].steps, data.valid is not None)
-    collate = lambda packed,length: Collator(tokenizer.pad_token_id, packed, length if fixed_length(cfg) else None)
+    flat,pad = flattens(cfg, isolation),lambda length: (tokenizer.pad_token_id, length if fixed_length(cfg) else None, cfg.pad_to_multiple_of or 1)
+    def collate(packed, length): return isolation.collator(*pad(length), flat) if packed else Collator(pad(length)[0], False, *pad(length)[1:])
     eval_loader = None
     if data.valid is not None:
         plan = plan_evaluation(sample_lengths(data.valid), cfg, eval_length(cfg), world)
         eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity), eval_length(cfg)), rank)
-    trainer = ForgeTrainer(model, args, data, plans, schedule(cfg, steps), collate(cfg.sample_packing, cfg.sequence_len), eval_loader, processing_class=tokenizer,
-        callbacks=[LiveProgress(step_tokens(plans, sample_lengths(data.train), steps)), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
+    trainer = ForgeTrainer(model, args, data, plans, schedule(cfg, steps), collate(cfg.sample_packing or flat, cfg.sequence_len), eval_loader, processing_class=tokenizer,
+        callbacks=[LiveProgress(run.step_tokens.tolist()), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
     if cfg.early_stopping_patience: trainer.add_callback(EarlyStoppingCallback(cfg.early_stopping_patience))
     return trainer
-
-def step_tokens(
-    plans:list[PackPlan], # one for each epoch
-    lengths:list[int], # tokens of each sample
-    steps:int, # optimizer steps wanted
-) -> list[int]: # real tokens of each step
-    "Real tokens of each optimizer step, over all ranks"
-    bins = [np.add.reduceat(np.append([lengths[i] for i in p.sample_ids], 0), p.bin_offsets[:-1])*(np.diff(p.bin_offsets)>0) for p in plans]
-    return [int(b[step].sum()) for b,p in zip(bins, plans) for step in p.order][:steps]
 
 # %% ../nbs/33_train.ipynb #abd7c370
 def train(
@@ -227,10 +244,10 @@ def train(
     if cfg.adapter: check_new_tokens(cfg, tokenizer)
     model = load_model(cfg, tokenizer)
     set_attention(model, cfg)
-    if cfg.sample_packing: check_isolation(model)
+    isolation = prove_isolation(cfg, model, tokenizer)
     if cfg.adapter: model = add_adapter(model, cfg)
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *cfg.datasets) for t in o.eot_tokens or []])
-    trainer = make_trainer(cfg, model, tokenizer, data, callbacks)
+    trainer = make_trainer(cfg, model, tokenizer, data, callbacks, isolation)
     result = trainer.train(resume_from_checkpoint=resume_from(cfg))
     return save_run(cfg, trainer, data, result)
 
@@ -243,10 +260,10 @@ def save_run(
     "Write model or adapter, tokenizer, golden prompts, plot and manifest to `output_dir`"
     trainer.save_model()
     trainer.model.generation_config.save_pretrained(cfg.output_dir)
-    done,plans = trainer.state.global_step,trainer.plans
-    metrics = dict(loss=result.training_loss, steps=done, tokens=sum(step_tokens(plans, sample_lengths(data.train), done)), seconds=result.metrics["train_runtime"],
-        packing_efficiency=plans[0].efficiency, **(trainer.evaluate() if trainer.eval_loader else {}))
-    run = Run(cfg.output_dir, cfg.model_dump(mode="json"), metrics, asdict(data.report), repr(plans[0]), trainer.state.log_history, trainer.model, trainer.processing_class)
+    done,plan = trainer.state.global_step,RunPlan(trainer.plans, trainer.args.max_steps)
+    metrics = dict(loss=result.training_loss, steps=done, tokens=int(plan.step_tokens[:done].sum()), seconds=result.metrics["train_runtime"],
+        packing_efficiency=plan.plans[0].efficiency, **(trainer.evaluate() if trainer.eval_loader else {}))
+    run = Run(cfg.output_dir, cfg.model_dump(mode="json"), metrics, asdict(data.report), repr(plan), trainer.state.log_history, trainer.model, trainer.processing_class)
     if trainer.args.should_save:
         write_text(Path(cfg.output_dir)/"golden_prompts.json", json.dumps(data.golden, ensure_ascii=False, indent=1))
         plot_history(run.history, Path(cfg.output_dir)/"loss.png", Path(cfg.output_dir).name)
