@@ -40,7 +40,7 @@ class LiveProgress(TrainerCallback):
         tokens_by_step:list[int], # real tokens in each optimizer step
         title:str="Training", # before the bar
     ):
-        self.speed,self.title,self.said = Speed(tokens_by_step),title,{}
+        self.speed,self.title,self.said,self.show = Speed(tokens_by_step),title,{},None
         self.console = Console(stderr=not in_ipython()) # stderr keeps stdout for results; a page has no such need
     def on_train_begin(self, args, state, control, **kwargs):
         self.speed.begin(state.global_step)
@@ -49,7 +49,7 @@ class LiveProgress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs): self.show.update(state.global_step, self._text(state.global_step))
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.said |= {k: v for k,v in (logs or {}).items() if k in ("loss","eval_loss","learning_rate")}
-        if {"loss","eval_loss"} & set(logs or {}): self.show.line(state.global_step, self._text(state.global_step))
+        if self.show and {"loss","eval_loss"} & set(logs or {}): self.show.line(state.global_step, self._text(state.global_step))
     def on_train_end(self, args, state, control, **kwargs): self.show.stop()
     def _text(self, step):
         names = dict(loss="loss", eval_loss="eval", learning_rate="lr")

@@ -316,8 +316,9 @@ class _Restored(_Resumable):
         super()._load_optimizer_and_scheduler(checkpoint)
         if not self.drifted: return
         for g,f in zip(self.optimizer.param_groups, fresh): g.update({k: f[k] for k in ("initial_lr","weight_decay","betas","eps") if k in f})
-        self.lr_scheduler.base_lrs = [g["initial_lr"] for g in fresh]
         for g,factor in zip(self.optimizer.param_groups, self.lr_scheduler.lr_lambdas): g["lr"] = g["initial_lr"]*factor(self.lr_scheduler.last_epoch)
+        rates = {name: [g[k] for g in self.optimizer.param_groups] for name,k in (("base_lrs","initial_lr"), ("_last_lr","lr"))}
+        self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | rates)
 
 # %% ../nbs/32_checkpoint.ipynb #ca40a0e5
 class ResumableTrainer(_Restored):
