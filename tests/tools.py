@@ -33,3 +33,11 @@ def module_of(nb):
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(r)+"\n" for r in rows), encoding="utf-8")
     return path
+
+
+def forks(phases, folder, port):
+    "Trainings one after the other, each with its ranks, as forks of one process: what came of each (see tests/forks.py)"
+    (folder/"spec.json").write_text(json.dumps(phases))
+    res = run(sys.executable, "-m", "tests.forks", folder/"spec.json", port, cwd=ROOT, env=dict(PYTHONPATH=str(ROOT)))
+    assert res.returncode==0, res.stderr[-3000:]
+    return [json.loads(l[6:]) for l in res.stdout.splitlines() if l.startswith("PHASE ")]

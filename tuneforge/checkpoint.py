@@ -377,7 +377,10 @@ def run_to_end(
         trainer.state = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json"))
     else:
         with trainer.stop: trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.stop.signum: raise Stopped(trainer.stop.signum, f"checkpoint-{trainer.state.global_step} of {trainer.args.output_dir}")
+    if trainer.stop.signum:
+        stopped = Stopped(trainer.stop.signum, f"checkpoint-{trainer.state.global_step} of {trainer.args.output_dir}")
+        if trainer.args.should_save: log.warning(str(stopped)) # a SystemExit says nothing itself
+        raise stopped
     return TrainOutput(trainer.state.global_step, mean_of_log(trainer.state.log_history), dict(train_runtime=trainer.seconds))
 
 def mean_of_log(
