@@ -136,16 +136,20 @@ class Stopped(SystemExit):
     def __str__(self): return f"{signal.Signals(self.signum).name}: saved {self.where}; `resume: auto` goes on from there"
 
 class StopOnSignal(TrainerCallback):
-    "After SIGTERM or SIGINT: finish the optimizer step, save, stop"
+    "After SIGTERM or SIGINT: finish the optimizer step, save, stop. Python hears signals in the main thread alone: a run in another one is ended by them as any program is."
     def __init__(self): self.signum,self.since,self.before,self.group = 0,0.,{},None
     def __enter__(self):
         if threading.current_thread() is threading.main_thread(): # nowhere else may handlers be set
-            self.before = {s: signal.signal(s, self._heard) for s in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {s: signal.signal(s, self.hear) for s in (signal.SIGTERM, signal.SIGINT)}
     def __exit__(self, *_):
         for s,h in self.before.items(): signal.signal(s, h)
-    def _heard(self, signum, frame):
+    def hear(self,
+        signum:int, # the signal
+        frame=None, # as handlers get it
+    ):
+        "What a signal does; may also be called"
         if self.signum and signum!=self.signum and time.monotonic()-self.since<5: return # a launcher's echo
-        signal.signal(signum, signal.SIG_DFL) # once more: at once
+        if self.before: signal.signal(signum, signal.SIG_DFL) # once more: at once
         if self.signum and signum!=self.signum: os.kill(os.getpid(), signum)
         self.signum,self.since = signum,time.monotonic()
         log.warning(f"{signal.Signals(signum).name}: the step ends, then a checkpoint is written; the same signal again ends the run at once")

@@ -79,7 +79,7 @@ def set_aside(
     while (to := paths[0].parent/f"earlier-{n}").exists(): n += 1
     to.mkdir()
     for p in paths: p.rename(to/p.name)
-    log.warning(f"{', '.join(p.name for p in paths)} in {to.parent} belong to an earlier run, or come after the step to go on from: moved to {to}")
+    log.warning(f"moved out of the way of this run, to {to}: {', '.join(p.name for p in paths)}")
     return to
 
 def publish(
