@@ -91,6 +91,7 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "cut_loss_is_half_precision": (dict(cut_cross_entropy=True, float32=True), "remove `float32`", dict(cut_cross_entropy=True)),
     "rows_are_whole": (dict(val_set_size=1.5), "neither a fraction", dict(val_set_size=2)),
     "keys_for_conversations": (dict(eot_tokens=["x"]), "no effect without conversations", dict(eot_tokens=["x"], datasets=[CHAT])),
+    "one_resume": (dict(resume="auto", resume_from_checkpoint="x"), "give only one of `resume`, `resume_from_checkpoint`", dict(resume="auto", auto_resume_from_checkpoints=False)),
     "needs_moments": (dict(optimizer="adafactor", adam_beta1=0.8), "no effect with `optimizer: adafactor`", dict(adam_beta1=0.8)),
 }
 ALSO = [ # further branches of the same rules

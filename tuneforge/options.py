@@ -109,7 +109,7 @@ NOT_YET |= _table(
         "optimizer=lion_pytorch optimizer=optimi_adamw optimizer=ao_adamw_4bit optimizer=ao_adamw_8bit optimizer=ao_adamw_fp8 optimizer=adopt_adamw optimizer=muon optimizer=came_pytorch optimizer=adamw_apex_fused "
         "lr_scheduler=cosine_with_restarts lr_scheduler=polynomial lr_scheduler=inverse_sqrt lr_scheduler=reduce_lr_on_plateau lr_scheduler=cosine_with_min_lr lr_scheduler=cosine_warmup_with_min_lr "
         "lr_scheduler=warmup_stable_decay lr_scheduler=greedy lr_scheduler=one_cycle lr_scheduler=rex", "use `optimizer: adamw_torch` with `lr_scheduler: cosine`, `linear` or `constant_with_warmup`"),
-    early=("save_first_step profiler_steps profiler_steps_start", "remove it: it changes nothing about the result"),
+    early=("profiler_steps profiler_steps_start", "remove it: it changes nothing about the result"),
     run=("save_strategy=best hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size do_causal_lm_eval eval_causal_lm_metrics "
         "do_bench_eval bench_dataset bench_split generate_samples num_generation_samples generation_max_new_tokens generation_temperature",
         "remove it, and evaluate or push the saved checkpoints afterwards"),
@@ -642,12 +642,13 @@ class TrainOptions(EvalOptions):
     save_strategy:Literal["no","steps","epoch","best"]|None = _opt(None, "when to write checkpoints; blank: `steps` if `save_steps` is given, else `epoch`")
     save_steps:int|float|None = _opt(None, "optimizer steps between checkpoints; below 1: a fraction of all steps", gt=0)
     saves_per_epoch:int|None = _opt(None, "checkpoints in each epoch", gt=0)
-    save_total_limit:int = _opt(4, "newest checkpoints to keep", gt=0)
-    save_only_model:bool = _opt(False, "checkpoints without optimizer state: smaller, cannot be resumed")
+    save_total_limit:int = _opt(4, "newest checkpoints to keep, besides the best one", gt=0)
+    save_only_model:bool = _opt(False, "checkpoints without optimizer state: smaller, cannot be resumed; a signal writes a full one")
     save_first_step:bool = _opt(False, "write a checkpoint after the first step, to see that it works")
     save_safetensors:bool = _opt(True, "weights as safetensors; there is no other way here")
-    resume_from_checkpoint:str|None = _opt(None, "checkpoint folder to go on from")
-    auto_resume_from_checkpoints:bool = _opt(False, "go on from the newest checkpoint in `output_dir`")
+    resume:str|None = _opt(None, "`auto`: go on from the newest whole checkpoint in `output_dir`, if there is one; a checkpoint folder: from that; `never`, or blank: begin anew")
+    resume_from_checkpoint:str|None = _opt(None, "checkpoint folder to go on from; as `resume` with a folder")
+    auto_resume_from_checkpoints:bool = _opt(False, "go on from the newest whole checkpoint in `output_dir`; as `resume: auto`")
     hub_model_id:str|None = _opt(None, "hub repository for the result (private)")
     hub_strategy:Literal["end","every_save","checkpoint","all_checkpoints"]|None = _opt(None, "what is pushed when")
     hub_revision:str|None = _opt(None, "branch to push to")

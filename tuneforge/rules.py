@@ -121,6 +121,11 @@ def _pushed_when_saved(cfg):
     if cfg.hub_model_id and cfg.save_strategy=="no": yield "hub_model_id", "with `save_strategy: no` the hub gets the result once, at the end"
 
 @rule
+def _one_resume(cfg):
+    on = [k for k in ("resume","resume_from_checkpoint","auto_resume_from_checkpoints") if getattr(cfg, k) not in OFF]
+    if len(on)>1: yield on[0], f"give only one of {', '.join(f'`{k}`' for k in on)}"
+
+@rule
 def _needs_moments(cfg):
     if "adam" in cfg.optimizer or "stable" in cfg.optimizer: return
     for k in ("adam_beta1","adam_beta2","adam_epsilon"):
