@@ -21,6 +21,12 @@ LAYOUT = {n: PLAIN for n in ("chatml", "phi_4", "qwen_25", "qwen2_vl")} | dict(
     mistral_v7_tekken=("", "</s>", "</s>", str, True), phi_3=("", "<|end|>", "<|end|>", str, True))
 SAME = dict(cohere="aya", deepseek_v3="deepseek_v2", gemma3="gemma", gemma3n="gemma", llama3_2_vision="llama3", mistral_v2v3="mistral_v1", phi_35="phi_3")
 LAYOUT |= {a: LAYOUT[b] for a, b in SAME.items()}
+TURN, RESPONSE = ("", "<turn|>", "<turn|>", str.strip, True), "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+LAYOUT |= dict(
+    falcon_h1=PLAIN, nemotron_h=PLAIN[:3]+(str.rstrip, True), qwen3_5=PLAIN[:3]+(str.strip, True), exaone4=("", "[|endofturn|]", "[|endofturn|]", str, True),
+    pixtral=("", "</s>", "</s>", str, True), llava=(" ", "</s>", "</s>", str, True), gemma4=TURN, gemma4_unified=TURN, command_a=("", RESPONSE, RESPONSE, str, True),
+    command_a_tool_use=("<|START_RESPONSE|>", RESPONSE, RESPONSE, str, True), command_a_rag=("<|START_RESPONSE|>", RESPONSE, RESPONSE, str, True))
+MORE = {n: dict(chat_template_kwargs=dict(enable_thinking=False)) for n in ("nemotron_h", "qwen3_5")} # their prompts begin a thought
 FORMAL = dict(type="chat_template")
 
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co"]), max_size=12) | st.sampled_from(
@@ -53,13 +59,14 @@ def trained(segments):
 def test_trained_text_of_every_template(name, contents, system):
     tok = tokenizer()
     if not LAYOUT[name][4]: system = None
-    fmt = prompt_format(DatasetOptions(path="x", chat_template=name, **FORMAL), tok)
+    more = MORE.get(name, {})
+    fmt = prompt_format(DatasetOptions(path="x", chat_template=name, **FORMAL, **more), tok)
     row = dict(messages=conversation(contents, system))
     segs = fmt(row)
-    assert "".join(s.text for s in segs)==render(row["messages"], TEMPLATES[name], bos_token="<s>", eos_token="</s>")
+    assert "".join(s.text for s in segs)==render(row["messages"], TEMPLATES[name], bos_token="<s>", eos_token="</s>", **more.get("chat_template_kwargs", {}))
     want = [t for t in expected(name, contents) if t]
     assert trained(segs)==want
-    enc = encode_rows([row], dict(FORMAL, chat_template=name), tok)[0]
+    enc = encode_rows([row], dict(FORMAL, chat_template=name, **more), tok)[0]
     assert tok.decode([i for i in enc["labels"] if i!=IGNORE])=="".join(want)
 
 
@@ -73,7 +80,7 @@ def spoken(tok, ids):
 @given(st.sampled_from(sorted(LAYOUT)), st.lists(st.text("abc Helo.é山\n", min_size=1, max_size=9).filter(str.strip), min_size=2, max_size=4), st.booleans())
 def test_sentencepiece_like_tokens(name, contents, bos):
     tok = tokenizer("metaspace", bos)
-    enc = encode_rows([dict(messages=conversation(contents))], dict(FORMAL, chat_template=name), tok)[0]
+    enc = encode_rows([dict(messages=conversation(contents))], dict(FORMAL, chat_template=name, **MORE.get(name, {})), tok)[0]
     assert spoken(tok, [i for i in enc["labels"] if i!=IGNORE])=="".join(expected(name, contents))
 
 
@@ -82,9 +89,9 @@ def test_sentencepiece_like_tokens(name, contents, bos):
 def test_inference_agrees_with_training(name, kind):
     tok = tokenizer(kind)
     rows = [dict(messages=conversation(["Where does Bagol live?", "In Coldmere.", "And Dimul?", "Foxbury"][:n])) for n in (2, 4)]
-    fmt = prompt_format(DatasetOptions(path="x", chat_template=name, **FORMAL), tok)
-    samples, _ = tokenise_rows(rows, fmt, tok, 2048)
-    assert [disagreement(fmt, tok, r, s[0]) for r, s in zip(rows, samples)]==[None, None]
+    fmt = prompt_format(DatasetOptions(path="x", chat_template=name, **FORMAL, **MORE.get(name, {})), tok)
+    batch, row, _ = tokenise_rows(rows, fmt, tok, 2048)
+    assert [disagreement(fmt, tok, r, s) for r, s in zip(rows, batch)]==[None, None]
 
 
 # thinking, tools, templates of other kinds
@@ -110,6 +117,7 @@ def test_an_empty_thinking_block_is_not_trained():
     assert turns([U, answer("Hello")], "qwen3")==["Hello"+END]
     assert turns([U, answer(""), V, answer("")], "qwen3")==[END, END]
     assert turns([U, answer("a"), V, answer("b")], "qwen3", chat_template_kwargs=dict(enable_thinking=False))==["a"+END, "b"+END]
+    assert turns([dict(role="user", content=""), answer("")]*2, "qwen3", chat_template_kwargs=dict(enable_thinking=False))==[END, END]
 
 
 def test_only_thinking():
@@ -138,6 +146,317 @@ def test_tool_calls_are_trained_whole(name, call):
     lead, end = LAYOUT.get(name, PLAIN)[:2]
     assert trained(segs)==[call, f"{lead}There{end}"]
     if name!="llama4": assert "Where someone lives" in segs[0].text and "null" not in segs[0].text
+
+
+# whole conversations, written out by hand: «…» is trained
+
+SAID = [dict(role="system", content="Be brief."), U, answer("Bagol.", reasoning_content="hm"), V,
+    answer(None, reasoning_content="look", tool_calls=[dict(id="a", type="function", function=dict(name="where", arguments=dict(who="Bagol", n=1, deep=dict(a=["x"])))), dict(id="b", type="function", function=dict(name="f", arguments={}))]),
+    dict(role="tool", tool_call_id="a", content="Cold\"mere"), dict(role="tool", tool_call_id="b", content="ok"), answer("There.", reasoning_content="so")]
+PLAIN_SAID = [dict(role="system", content="Be brief."), U, answer("Bagol."), V, answer("There.")]
+WHERE = [dict(type="function", function=dict(name="where", description="Where someone lives", parameters=dict(type="object", properties=dict(
+    who=dict(type="string", description="A name", enum=["Bagol", "Dimul"]), n=dict(type="array", description="Days", items=dict(type="integer"), minItems=1)), required=["who"])))]
+WHERE_JSON = '{"type": "function", "function": {"name": "where", "description": "Where someone lives", "parameters": {"type": "object", "properties": {"who": {"type": "string", "description": "A name", "enum": ["Bagol", "Dimul"]}, "n": {"type": "array", "description": "Days", "items": {"type": "integer"}, "minItems": 1}}, "required": ["who"]}}}'
+XML_CALLS = """<tool_call>
+<function=where>
+<parameter=who>
+Bagol
+</parameter>
+<parameter=n>
+1
+</parameter>
+<parameter=deep>
+{"a": ["x"]}
+</parameter>
+</function>
+</tool_call>
+<tool_call>
+<function=f>
+</function>
+</tool_call>"""
+XML_FORMAT = """
+
+If you choose to call a function ONLY reply in the following format with NO suffix:
+
+<tool_call>
+<function=example_function_name>
+<parameter=example_parameter_1>
+value_1
+</parameter>
+<parameter=example_parameter_2>
+This is the value for the second parameter
+that can span
+multiple lines
+</parameter>
+</function>
+</tool_call>"""
+DOCUMENTS = [dict(title="Towns", snippet="Bagol: Coldmere"), dict(title="Hills")]
+S, E = "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"
+WHOLE = dict(
+    falcon_h1=(PLAIN_SAID, WHERE, {}, """<s><|im_start|>system
+Be brief.
+
+You are a function calling AI model. You are provided with function signature within <tools> </tools> XML tags. You may call one or more functions to assist with the user query. Don't make assumptions about what values to plug into functions.
+<tools>
+["""+WHERE_JSON+"""]
+</tools>
+For each function call, return a json object with function name and arguments within <tool_call> </tool_call> tags with the following schema:
+<tool_call>
+{'arguments': <args-dict>, 'name': <function-name>}
+</tool_call>
+<|im_start|>user
+Who?<|im_end|>
+<|im_start|>assistant
+«Bagol.<|im_end|>»
+<|im_start|>user
+Where?<|im_end|>
+<|im_start|>assistant
+«There.<|im_end|>»
+"""),
+    nemotron_h=(SAID, WHERE, {}, """<|im_start|>system
+Be brief.
+
+# Tools
+
+You have access to the following functions:
+
+<tools>
+<function>
+<name>where</name>
+<description>Where someone lives</description>
+<parameters>
+<parameter>
+<name>who</name>
+<type>string</type>
+<description>A name</description>
+<enum>["Bagol", "Dimul"]</enum>
+</parameter>
+<parameter>
+<name>n</name>
+<type>array</type>
+<description>Days</description>
+<items>{"type": "integer"}</items>
+<minItems>1</minItems>
+</parameter>
+<required>["who"]</required>
+</parameters>
+</function>
+</tools>"""+XML_FORMAT+"""<|im_end|>
+<|im_start|>user
+Who?<|im_end|>
+<|im_start|>assistant
+<think></think>«
+Bagol.<|im_end|>»
+<|im_start|>user
+Where?<|im_end|>
+<|im_start|>assistant
+<think>
+«look
+</think>
+"""+XML_CALLS+"""
+<|im_end|>»
+<|im_start|>user
+<tool_response>
+Cold"mere
+</tool_response>
+<tool_response>
+ok
+</tool_response>
+<|im_end|>
+<|im_start|>assistant
+<think>
+«so
+</think>
+There.<|im_end|>»
+"""),
+    qwen3_5=(SAID, WHERE, {}, """<|im_start|>system
+# Tools
+
+You have access to the following functions:
+
+<tools>
+"""+WHERE_JSON+"""
+</tools>"""+XML_FORMAT+"""
+
+Be brief.<|im_end|>
+<|im_start|>user
+Who?<|im_end|>
+<|im_start|>assistant
+«Bagol.<|im_end|>»
+<|im_start|>user
+Where?<|im_end|>
+<|im_start|>assistant
+<think>
+«look
+</think>
+
+"""+XML_CALLS+"""<|im_end|>»
+<|im_start|>user
+<tool_response>
+Cold"mere
+</tool_response>
+<tool_response>
+ok
+</tool_response><|im_end|>
+<|im_start|>assistant
+<think>
+«so
+</think>
+
+There.<|im_end|>»
+"""),
+    exaone4=(SAID, WHERE, {}, """[|system|]
+Be brief.
+
+# Available Tools
+You can use none, one, or multiple of the following tools by calling them as functions to help with the user’s query.
+Here are the tools available to you in JSON format within <tool> and </tool> tags:
+<tool>"""+WHERE_JSON+"""</tool>
+
+For each function call you want to make, return a JSON object with function name and arguments within <tool_call> and </tool_call> tags, like:
+<tool_call>{"name": function_1_name, "arguments": {argument_1_name: argument_1_value, argument_2_name: argument_2_value}}</tool_call>
+<tool_call>{"name": function_2_name, "arguments": {...}}</tool_call>
+...[|endofturn|]
+[|user|]
+Who?[|endofturn|]
+[|assistant|]
+<think>
+
+</think>
+
+«Bagol.[|endofturn|]»
+[|user|]
+Where?[|endofturn|]
+[|assistant|]
+<think>
+
+</think>
+
+«<tool_call>{"name": "where", "arguments": {"who": "Bagol", "n": 1, "deep": {"a": ["x"]}}}</tool_call>
+<tool_call>{"name": "f", "arguments": {}}</tool_call>[|endofturn|]»
+[|tool|]
+<tool_result>{"result": "Cold\\"mere"}</tool_result>
+<tool_result>{"result": "ok"}</tool_result>[|endofturn|]
+[|assistant|]
+<think>
+
+</think>
+
+«There.[|endofturn|]»
+"""),
+    pixtral=(PLAIN_SAID, None, {}, "<s>[INST]Who?[/INST]«Bagol.</s>»[INST]Be brief.\n\nWhere?[/INST]«There.</s>»"),
+    llava=(PLAIN_SAID, None, {}, "<s>Be brief. USER: Who? ASSISTANT:« Bagol.</s>»USER: Where? ASSISTANT:« There.</s>»"),
+    gemma4=(SAID, WHERE, dict(enable_thinking=True), """<s><|turn>system
+<|think|>
+Be brief.<|tool>declaration:where{description:<|"|>Where someone lives<|"|>,parameters:{properties:{n:{description:<|"|>Days<|"|>,items:{type:<|"|>INTEGER<|"|>},type:<|"|>ARRAY<|"|>},who:{description:<|"|>A name<|"|>,enum:[<|"|>Bagol<|"|>,<|"|>Dimul<|"|>],type:<|"|>STRING<|"|>}},required:[<|"|>who<|"|>],type:<|"|>OBJECT<|"|>}}<tool|><turn|>
+<|turn>user
+Who?<turn|>
+<|turn>model
+«Bagol.<turn|>»
+<|turn>user
+Where?<turn|>
+<|turn>model
+«<|channel>thought
+look
+<channel|><|tool_call>call:where{deep:{a:[<|"|>x<|"|>]},n:1,who:<|"|>Bagol<|"|>}<tool_call|><|tool_call>call:f{}<tool_call|><|tool_response>»response:where{value:<|"|>Cold"mere<|"|>}<tool_response|><|tool_response>response:f{value:<|"|>ok<|"|>}<tool_response|>«<|channel>thought
+so
+<channel|>There.<turn|>»
+"""),
+    command_a=(PLAIN_SAID, None, {}, f"<s>{S}<|SYSTEM_TOKEN|># Developer Preamble\nBe brief.{E}{S}<|USER_TOKEN|>Who?{E}{S}<|CHATBOT_TOKEN|><|START_RESPONSE|>«Bagol.<|END_RESPONSE|>{E}»{S}<|USER_TOKEN|>Where?{E}{S}<|CHATBOT_TOKEN|><|START_RESPONSE|>«There.<|END_RESPONSE|>{E}»"),
+    command_a_tool_use=(SAID, WHERE, {}, "<s>"+S+"""<|SYSTEM_TOKEN|># System Preamble
+
+## Available Tools
+```json
+[
+    {"name": "where", "description": "Where someone lives", "parameters": {"type": "object", "properties": {"who": {"type": "string", "description": "A name", "enum": ["Bagol", "Dimul"]}, "n": {"type": "array", "description": "Days", "items": {"type": "integer"}, "minItems": 1}}, "required": ["who"]}, "responses": null}
+]
+```
+
+# Developer Preamble
+"""+f"Be brief.{E}{S}<|USER_TOKEN|>Who?{E}{S}<|CHATBOT_TOKEN|>«<|START_RESPONSE|>Bagol.<|END_RESPONSE|>{E}»{S}<|USER_TOKEN|>Where?{E}{S}<|CHATBOT_TOKEN|>«<|START_THINKING|>look<|END_THINKING|><|START_ACTION|>["+"""
+    {"tool_call_id": "0", "tool_name": "where", "parameters": {"who": "Bagol", "n": 1, "deep": {"a": ["x"]}}},
+    {"tool_call_id": "1", "tool_name": "f", "parameters": {}}
+]<|END_ACTION|><|END_OF_TURN_TOKEN|>»"""+S+"""<|SYSTEM_TOKEN|><|START_TOOL_RESULT|>[
+    {
+        "tool_call_id": "0",
+        "results": {
+            "0": "Cold\\"mere"
+        },
+        "is_error": null
+    },
+    {
+        "tool_call_id": "1",
+        "results": {
+            "0": "ok"
+        },
+        "is_error": null
+    }
+]<|END_TOOL_RESULT|>"""+f"{E}{S}<|CHATBOT_TOKEN|>«<|START_RESPONSE|>There.<|END_RESPONSE|>{E}»"),
+    command_a_rag=([U | dict(documents=DOCUMENTS), answer(""), V, answer("There.")], None, {}, "<s>"+S+"""<|SYSTEM_TOKEN|># System Preamble
+
+## Available Tools
+```json
+[
+    {"name": "direct-injected-document", "description": "Hands over documents that the user gave. Never call it yourself.", "parameters": {"type": "object", "properties": {}, "required": []}, "responses": null}
+]
+```"""+f"{E}{S}<|USER_TOKEN|>Who?{E}{S}<|CHATBOT_TOKEN|><|START_THINKING|>I will look through the document to address the users needs.<|END_THINKING|><|START_ACTION|>["+"""
+    {"tool_call_id": "0", "tool_name": "direct-injected-document", "parameters": {}}
+]<|END_ACTION|>"""+E+S+"""<|SYSTEM_TOKEN|><|START_TOOL_RESULT|>[
+    {
+        "tool_call_id": "0",
+        "results": {
+            "0": {"title": "Towns", "snippet": "Bagol: Coldmere"},
+            "1": {"title": "Hills"}
+        },
+        "is_error": null
+    }
+]<|END_TOOL_RESULT|>"""+f"{E}{S}<|CHATBOT_TOKEN|>«<|START_RESPONSE|><|END_RESPONSE|>{E}»{S}<|USER_TOKEN|>Where?{E}{S}<|CHATBOT_TOKEN|>«<|START_RESPONSE|>There.<|END_RESPONSE|>{E}»"))
+WHOLE["gemma4_unified"] = WHOLE["gemma4"]
+
+
+@pytest.mark.parametrize("name", sorted(WHOLE))
+def test_whole_conversations(name):
+    messages, tools, values, want = WHOLE[name]
+    opts, tok = DatasetOptions(path="x", chat_template=name, chat_template_kwargs=values, **FORMAL), tokenizer()
+    fmt, row = prompt_format(opts, tok), dict(messages=messages, tools=tools)
+    assert "".join(f"«{s.text}»" if s.train else s.text for s in fmt(row)).replace("»«", "")==want
+    for n in [i for i, m in enumerate(messages) if m["role"]=="assistant"]: # each answer's prompt begins the text that is trained
+        part = dict(row, messages=messages[:n+1])
+        batch, row_of, _ = tokenise_rows([part], fmt, tok, 10000)
+        if messages[n].get("reasoning_content") or name not in MORE: assert disagreement(fmt, tok, part, batch[0]) is None
+
+
+PICTURE = dict(role="user", content=[dict(type="text", text="What is it?"), dict(type="image")])
+
+
+@pytest.mark.parametrize("name, want", [
+    ("pixtral", "<s>[INST]What is it?[IMG][/INST]A hill.</s>"), ("llava", "<s>USER: <image>\nWhat is it? ASSISTANT: A hill.</s>"),
+    ("gemma4", "<s><|turn>user\nWhat is it?<|image|><turn|>\n<|turn>model\nA hill.<turn|>\n"), ("gemma4_unified", "<s><|turn>user\nWhat is it?<|image|><turn|>\n<|turn>model\nA hill.<turn|>\n"),
+    ("qwen3_5", "<|im_start|>user\nWhat is it?<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nA hill.<|im_end|>\n")])
+@pytest.mark.parametrize("as_parts", [False, True])
+def test_pictures_stand_where_they_are_asked_about(name, want, as_parts):
+    said = answer([dict(type="text", text="A hill.")] if as_parts else "A hill.")
+    assert render([PICTURE, said], TEMPLATES[name], bos_token="<s>", eos_token="</s>")==want
+
+
+@pytest.mark.parametrize("name, values, want", [
+    ("qwen3_5", {}, "hm\n</think>\n\nHello"+END), ("nemotron_h", {}, "hm\n</think>\nHello"+END), ("exaone4", {}, "Hello[|endofturn|]"),
+    ("exaone4", dict(skip_think=False, enable_thinking=True), "hm\n</think>\n\nHello[|endofturn|]"), ("exaone4", dict(skip_think=False), "<think>\nhm\n</think>\n\nHello[|endofturn|]"),
+    ("gemma4", {}, "<|channel>thought\nhm\n<channel|>Hello<turn|>")])
+def test_thinking_by_key(name, values, want):
+    assert turns([U, answer("Hello", reasoning_content="hm")], name, chat_template_kwargs=values)==[want]
+
+
+@pytest.mark.parametrize("name, values, want", [
+    ("qwen3_5", {}, ["a"+END, "\n</think>\n\nb"+END]), ("qwen3_5", dict(enable_thinking=False), ["a"+END, "b"+END]), ("nemotron_h", {}, ["a"+END, "b"+END]),
+    ("gemma4", dict(enable_thinking=False), ["a<turn|>", "b<turn|>"])])
+def test_no_thinking_in_the_data(name, values, want):
+    assert turns([U, answer("a"), V, answer("b")], name, chat_template_kwargs=values)==want
+
+
+def test_what_stands_beside_a_call_is_kept():
+    assert turns([ASK, LOOK], "gemma4")==["Let me look.<|tool_call>call:weather{town:<|\"|>Avenford<|\"|>}<tool_call|><|tool_response>"]
+    assert "<|START_THINKING|>Let me look.<|END_THINKING|>" in turns([ASK, LOOK], "command_a_tool_use")[0]
 
 
 GENERATION = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role']=='assistant' %}{% generation %}{{ m['content'] | upper }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
@@ -264,7 +583,7 @@ LOOK = dict(role="assistant", content="Let me look.", tool_calls=[dict(type="fun
 ASK = dict(role="user", content="Weather?")
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3", "phi_3"])
+@pytest.mark.parametrize("name", ["chatml", "llama3", "phi_3", "falcon_h1", "llava", "command_a", "command_a_rag"])
 def test_a_template_that_drops_tool_calls_is_refused(name):
     with pytest.raises(UserError, match="messages.1..tool_calls: this chat template leaves them out"):
         encode_rows([dict(messages=[ASK, LOOK])], FORMAL | dict(chat_template=name), tokenizer())

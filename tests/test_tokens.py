@@ -78,7 +78,7 @@ def test_left_over_truncation_is_ignored():
 
 def test_pieces_and_offsets_say_where_tokens_come_from():
     fmt = prompt_format(DatasetOptions(path="x", type="alpaca"), TOK)
-    s = tokenise_rows([dict(instruction="Who?", output="Käthe 山")], fmt, TOK, 99, want_offsets=True)[0][0][0]
+    s = tokenise_rows([dict(instruction="Who?", output="Käthe 山")], fmt, TOK, 99, want_offsets=True)[0][0]
     assert [s.segments[i].role if i>=0 else "" for i in s.segment[[0, 1, -2, -1]]]==["", "user", "assistant", ""]
     said = "".join(dict.fromkeys(s.text[a:b] for (a, b), i in zip(s.offsets, s.segment) if i==1))
     assert said=="Käthe 山"
@@ -117,8 +117,8 @@ def test_an_empty_row_is_refused_and_takes_nothing_from_others():
     from tests.tokenizers import tokenizer
     tok, rows = tokenizer(), [dict(segments=[]), dict(segments=[dict(label=False, text="Q1 "), dict(label=True, text="A1")])]
     with pytest.raises(UserError, match="row 1 .*there is no text in this row"): encode_rows(rows, dict(type="input_output"), tok)
-    samples, errors = tokenise_rows(rows, prompt_format(DatasetOptions(path="x", type="input_output"), tok), tok, 99)
-    assert list(errors)==[0] and samples[1][0].input_ids.tolist()==encode_rows(rows[1:], dict(type="input_output"), tok)[0]["input_ids"]
+    batch, row, errors = tokenise_rows(rows, prompt_format(DatasetOptions(path="x", type="input_output"), tok), tok, 99)
+    assert list(errors)==[0] and row.tolist()==[1] and batch[0].input_ids.tolist()==encode_rows(rows[1:], dict(type="input_output"), tok)[0]["input_ids"]
 
 
 @pytest.mark.parametrize("rows, entry, says", [(dict(text="x"), dict(type="completion"), "a list of dicts"), ([None], dict(type="completion"), "a list of dicts"), ([dict(text="x")], "completion", "is a dict of keys"),

@@ -12,7 +12,7 @@ __all__ = ['TAGS', 'ROLES', 'render_all', 'render', 'Marks', 'Extent', 'ChatTemp
 # %% ../nbs/12_chat.ipynb #dfce8bea
 import json,re
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from .config import CHECKS, DatasetOptions, log
 from .document import Document, Problem, UserError, nearest
@@ -21,6 +21,13 @@ from .prompts import FORMATS, PromptFormat, Segment, find_format, kind, need, re
 from .templates import TEMPLATES, resolve_template
 
 # %% ../nbs/12_chat.ipynb #2c5c183a
+@cache
+def _renderer():
+    "(the function that renders, errors of templates); imported when first asked for"
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+    return render_jinja_template,(TemplateError, TypeError, KeyError, AttributeError)
+
 def render_all(
     conversations:list[list[dict]], # each a list of messages, with `role` and `content`
     template:str, # Jinja text
@@ -30,10 +37,9 @@ def render_all(
     **values, # what the template may name, such as `bos_token`
 ) -> tuple[list[str],list]: # (the conversations as the model sees them, (start, end) of the blocks of each)
     "Render conversations. Raises `UserError` with the template's own complaint."
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-    try: return render_jinja_template(conversations, tools=tools, chat_template=template, return_assistant_tokens_mask=blocks, add_generation_prompt=generation_prompt, **values)
-    except (TemplateError, TypeError, KeyError, AttributeError) as e: raise UserError(f"messages: the chat template refuses this conversation: {e}") from e
+    jinja,errors = _renderer()
+    try: return jinja(conversations, tools=tools, chat_template=template, return_assistant_tokens_mask=blocks, add_generation_prompt=generation_prompt, **values)
+    except errors as e: raise UserError(f"messages: the chat template refuses this conversation: {e}") from e
 
 def render(
     messages:list[dict], # `role` and `content` each
@@ -104,9 +110,12 @@ class Extent:
 
 def _find(self, marked):
     "(plain text, message -> `Extent`); None: a run comes out twice or in parts"
-    places,removed,spaces,found = {},0,set(),{}
+    places,removed,spaces,found,bare,last = {},0,set(),{},[],0
     for m in self.pattern.finditer(marked):
-        c,at,removed = m[0],m.start()-removed,removed+1
+        c,n = m[0],m.start()
+        at,removed = n-removed,removed+1
+        bare.append(marked[last:n])
+        last = n+1
         if c==self.space: spaces.add(at)
         else: places[c] = None if c in places else at
     for n,(i,offset) in enumerate(self.runs):
@@ -123,7 +132,7 @@ def _find(self, marked):
             e.at.append((offset, a))
     for i,outer in self.outer.items() if spaces else ():
         if found.get(i): _to_fences(found[i], spaces, *outer)
-    return self.pattern.sub("", marked),found
+    return "".join(bare)+marked[last:],found
 
 def _to_fences(e, spaces, lead, trail):
     "Take in the white space around the content, where its fences came out"
@@ -189,11 +198,12 @@ _EMPTY = re.compile(r"\s*(?:<(\w+)>\s*</\1>|\[THINK\]\s*\[/THINK\])\s*")
 def _answer(text, e, low, high, opens, calls):
     "(first character of an answer that lies between `low` and `high`, whether a prompt ends there)"
     first = e.start if e else high
-    for o in opens:
-        p = text.rfind(o, low, first) if e else text.find(o, low, high)
-        if p>=0:
-            empty = _EMPTY.fullmatch(text, p+len(o), e.start) if e else _EMPTY.match(text, p+len(o), high)
-            return (empty.end() if empty else p+len(o)),True
+    hits = [(p, p+len(o)) for o in opens if (p := text.rfind(o, low, first) if e else text.find(o, low, high))>=0]
+    if e is None: hits = [h for h in hits if h[0]<min(b for _,b in hits)] # not of a later answer
+    if hits:
+        at = hits[0][1]
+        empty = _EMPTY.fullmatch(text, at, e.start) if e else _EMPTY.match(text, at, high)
+        return (empty.end() if empty else at),True
     if e is None: return None,False
     if calls and not any(o is not None for o,_ in e.at): raise UserError("messages: this template has no generation prompt, so it cannot be known where an answer that only calls tools begins")
     tag = re.search(r"(?:<[^<>\s]+>|\[THINK\])\s*\Z", text[low:e.start]) if TAGS.search(text[low:e.start]) else None
@@ -278,6 +288,7 @@ def _says(m): # thinking may well be left out
 # %% ../nbs/12_chat.ipynb #50314bb9
 def _blocks(messages, blocks, found):
     "message -> its `{% generation %}` block"
+    if not blocks: return {}
     answers = [i for i,m in enumerate(messages) if m["role"]=="assistant"]
     if len(blocks)==len(answers): return dict(zip(answers, blocks))
     held = {i: next((b for b in blocks if b[0]<=found[i].start<b[1]), None) for i in answers if found.get(i)}

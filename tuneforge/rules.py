@@ -85,7 +85,7 @@ _lora = [k for k in LoraOptions.model_fields if k!="adapter"]
 NEEDS = {
     "adapter": f"{' '.join(_lora)} loraplus_lr_ratio loraplus_lr_embedding relora relora_steps qlora_sharded_model_loading", "load_in_4bit|load_in_8bit": "bnb_config_kwargs", "gptq": "gptq_disable_exllama",
     "peft_layers_to_transform": "peft_layers_pattern", "relora|relora_steps": "relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_cpu_offload", "jagged_restart_steps": "jagged_restart_warmup_steps jagged_restart_anneal_steps",
-    "lisa_n_layers": "lisa_step_interval lisa_layers_attribute", "sample_packing": "eval_sample_packing packing packing_check sample_packing_sequentially", "use_pose": "pose_split_on_token_ids pose_max_context_len pose_num_chunks",
+    "lisa_n_layers": "lisa_step_interval lisa_layers_attribute", "sample_packing": "eval_sample_packing packing sample_packing_sequentially sample_packing_group_size sample_packing_bin_size", "sample_packing|batch_flattening": "packing_check", "use_pose": "pose_split_on_token_ids pose_max_context_len pose_num_chunks",
     "pretraining_dataset|streaming": "pretraining_sample_concatenation pretrain_multipack_buffer_size streaming_multipack_buffer_size pretrain_multipack_attn", "torch_compile": "torch_compile_backend torch_compile_mode",
     "gradient_checkpointing": "gradient_checkpointing_kwargs activation_offloading", "chunked_cross_entropy": "chunked_cross_entropy_num_chunks", "flex_attention|attn_implementation=flex_attention": "flex_attn_compile_kwargs",
     "fsdp|fsdp_config": "fsdp_version fsdp_final_state_dict_type", "rl": "rl_beta rl_adapter_ref_model max_prompt_len", "rl=dpo,ipo": "dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs", "rl=dpo": "rpo_alpha", "rl=orpo": "orpo_alpha",
@@ -93,7 +93,7 @@ NEEDS = {
     "metric_for_best_model": "greater_is_better", "do_causal_lm_eval": "eval_causal_lm_metrics", "do_bench_eval": "bench_dataset bench_split", "generate_samples": "num_generation_samples generation_max_new_tokens generation_temperature",
     "profiler_steps": "profiler_steps_start", "hub_model_id": "hub_strategy hub_revision", "wandb_project|use_wandb": "wandb_entity wandb_name wandb_run_id wandb_mode wandb_watch wandb_log_model",
     "mlflow_experiment_name|use_mlflow": "mlflow_tracking_uri mlflow_run_name hf_mlflow_log_artifacts", "comet_project_name|use_comet": "comet_api_key comet_workspace comet_experiment_key comet_mode comet_online comet_experiment_config",
-    "dataset_shard_num": "dataset_shard_idx", "val_set_size|test_datasets": "eval_steps eval_strategy early_stopping_patience eval_sequence_len load_best_model_at_end eval_table_size do_causal_lm_eval generate_samples",
+    "dataset_shard_num": "dataset_shard_idx", "test_datasets": "eval_sequence_len", "val_set_size|test_datasets": "eval_steps eval_strategy early_stopping_patience load_best_model_at_end eval_table_size do_causal_lm_eval generate_samples",
     "optimizer=adamw_anyprecision": "torchdistx_path", "optimizer=came_pytorch": "adam_beta3 adam_epsilon2", "lr_scheduler=cosine": "cosine_min_lr_ratio lr_quadratic_warmup", "cosine_min_lr_ratio": "cosine_constant_lr_ratio",
     "lr_scheduler=one_cycle": "lr_div_factor", "lr_scheduler!=constant": "warmup_steps warmup_ratio", "tokenizer_engine!=hf": "tokenizer_verify"}
 "condition -> keys that do nothing where it does not hold"
@@ -112,8 +112,18 @@ def _evaluations_need_data(cfg):
         yield "evals_per_epoch", "`evals_per_epoch` has no effect without `val_set_size` or `test_datasets`"
 
 @note
+def _shuffled_anyway(cfg):
+    if cfg.shuffle_before_merging_datasets and cfg.shuffle_merged_datasets:
+        yield "shuffle_before_merging_datasets", "`shuffle_before_merging_datasets` has no effect while `shuffle_merged_datasets` shuffles all rows together"
+
+@note
 def _pushed_when_saved(cfg):
     if cfg.hub_model_id and cfg.save_strategy=="no": yield "hub_model_id", "with `save_strategy: no` the hub gets the result once, at the end"
+
+@rule
+def _one_resume(cfg):
+    on = [k for k in ("resume","resume_from_checkpoint","auto_resume_from_checkpoints") if getattr(cfg, k) not in OFF]
+    if len(on)>1: yield on[0], f"give only one of {', '.join(f'`{k}`' for k in on)}"
 
 @rule
 def _needs_moments(cfg):
@@ -153,6 +163,27 @@ def _jinja_has_text(cfg):
 @rule
 def _raw_rows_have_no_duplicates(cfg):
     if cfg.skip_prepare_dataset and cfg.dataset_exact_deduplication: yield "dataset_exact_deduplication", "rows that are not tokenised (`skip_prepare_dataset`) cannot be compared"
+
+# %% ../nbs/02_rules.ipynb #844cdeab
+@rule
+def _mixtures_are_whole(cfg):
+    weighed = [e.kind=="supervised" and e.weight is not None for e in cfg.datasets]
+    if any(weighed) and not all(weighed): yield ("datasets",weighed.index(False)), "give every dataset a `weight`, or none"
+    for i,e in enumerate(cfg.test_datasets or []):
+        if e.kind=="supervised" and e.weight is not None: yield ("test_datasets",i,"weight"), "`weight` has no effect in `test_datasets`: all of them are evaluated on"
+    for k in ("mix_by","mix_until"):
+        if k in cfg.model_fields_set and not any(weighed): yield k, f"`{k}` has no effect without a `weight` in each of `datasets`"
+
+@rule
+def _a_part_has_a_number(cfg):
+    n,i = cfg.dataset_shard_num,cfg.dataset_shard_idx
+    if n and i is None: yield "dataset_shard_num", f"say which of the {n} parts: `dataset_shard_idx`, from 0"
+    if n and i is not None and i>=n: yield "dataset_shard_idx", f"`dataset_shard_idx` counts from 0, so the last of {n} parts is {n-1}"
+
+@rule
+def _warnings_come_first(cfg):
+    if asks(cfg, "dropped_rows_warn") and cfg.dropped_rows_warn>cfg.dropped_rows_stop:
+        yield "dropped_rows_warn", f"`dropped_rows_warn` {cfg.dropped_rows_warn:g} is over `dropped_rows_stop` {cfg.dropped_rows_stop:g}: it would never be said"
 
 # %% ../nbs/02_rules.ipynb #63d8b8c5
 _CHAT = "field_messages message_field_role message_field_content message_property_mappings roles_to_train train_on_eot message_field_training message_field_training_detail drop_system_message split_thinking field_tools chat_template chat_template_jinja".split()
@@ -213,12 +244,22 @@ def _packing_gets_along(cfg):
     if cfg.eval_table_size and cfg.eval_sample_packing is not False: yield "eval_table_size", "answers cannot be taken from packed rows: set `eval_sample_packing: false`"
 
 @rule
+def _order_is_one(cfg):
+    off = lambda a,b: f"`{a}` and `{b}` contradict each other: "
+    if cfg.sample_packing and cfg.packing=="tight":
+        for k,why in (("sample_packing_sequentially","one keeps the order, the other sorts"),("curriculum_sampling","one keeps the order, the other sorts"),("sample_packing_group_size","`tight` looks through all samples")):
+            if asks(cfg, k): yield k, off("packing: tight", k)+why
+    if asks(cfg, "sample_packing_sequentially") and asks(cfg, "sample_packing_group_size"): yield "sample_packing_group_size", "`sample_packing_group_size` has no effect with `sample_packing_sequentially`: no gap is closed"
+    if cfg.group_by_length and cfg.sample_packing: yield "group_by_length", "`group_by_length` has no effect with `sample_packing`: packed rows are all of one length"
+    if cfg.group_by_length and cfg.curriculum_sampling: yield "group_by_length", off("curriculum_sampling", "group_by_length")+"one keeps the order of the data, the other sorts"
+
+@rule
 def _answers_need_whole_rows(cfg):
     if cfg.do_causal_lm_eval and cfg.eval_sample_packing: yield "do_causal_lm_eval", "answers cannot be taken from packed rows: set `eval_sample_packing: false`"
 
 @rule
-def _flattening_needs_flash(cfg):
-    if cfg.batch_flattening is True and not (cfg.flash_attention or (cfg.attn_implementation or "").startswith("flash")): yield "batch_flattening", "`batch_flattening` needs `flash_attention: true`"
+def _flattening_fills_rows(cfg):
+    if cfg.batch_flattening and cfg.pad_to_sequence_len: yield "pad_to_sequence_len", "`pad_to_sequence_len` undoes `batch_flattening`, which is there to do without padding"
 
 @note
 def _flattening_one_row(cfg):

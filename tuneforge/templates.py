@@ -25,11 +25,8 @@ def register_chat_template(
     if TEMPLATES.setdefault(name, text)!=text: raise UserError(f"there is a chat template called `{name}` already")
 
 # %% ../nbs/08_templates.ipynb #6f32943d
-_OWN = "falcon_h1 nemotron_h exaone4 pixtral llava qwen3_5 gemma4 gemma4_unified command_a command_a_tool_use command_a_rag".split()
-
 def _named(name):
     if name in TEMPLATES: return TEMPLATES[name]
-    if name in _OWN: raise UserError(f"`chat_template: {name}` is not built in, since models of that family bring it with them: write `chat_template: tokenizer_default`")
     raise UserError(f"unknown `chat_template: {name}`"+(did_you_mean(name, TEMPLATES) or f"; there are tokenizer_default, tokenizer_default_fallback_<name>, jinja, {', '.join(TEMPLATES)}"))
 
 def _jinja(text):
