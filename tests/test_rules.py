@@ -49,7 +49,7 @@ def ways(condition):
 @pytest.mark.parametrize("condition", NEEDS)
 def test_needs(condition):
     no_effect = lambda k, ms: any(m.startswith(f"`{k}` has no effect without") for m in ms)
-    without = dict(lr_scheduler="constant") if condition.startswith("lr_scheduler") else {}
+    without = dict(lr_scheduler="constant") if condition.startswith("lr_scheduler") else dict(tokenizer_engine="hf") if condition.startswith("tokenizer_engine") else {}
     for k in NEEDS[condition].split():
         assert no_effect(k, said(**without, **{k: sample(k)})), k
         for way in ways(condition):

@@ -323,7 +323,8 @@ class _Restored(_Resumable):
 # %% ../nbs/32_checkpoint.ipynb #ca40a0e5
 class ResumableTrainer(_Restored):
     "transformers' Trainer, with checkpoints that survive and runs that go on exactly"
-    def __init__(self, *args,
+    def __init__(self,
+        *args, # of Trainer
         facts:dict, # `config`, `data`, `plan`, `steps`, `rows_per_step`, `steps_per_epoch`: what a run must have in common with its checkpoint
         keep:int=4, # newest checkpoints to keep
         save_first:bool=False, # whether to save after the first step

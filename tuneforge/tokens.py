@@ -142,14 +142,14 @@ def _place(enc, bos, n_bos, n_eos, eos, limit):
     return _Placed(ids, counts, whole>n_bos+keep if limit is None else whole>limit, place, source, n_bos)
 
 # %% ../nbs/13_tokens.ipynb #c392b915
-def _owners(starts, ends, edges, opens, flags, low, high):
+def _owners(starts, ends, edges, opens, flags, low, high): # an empty segment has no part in an id that reaches over it
     "Of each id: (its segment, whether it is trained); `low` and `high`: first and last segment of its group"
     first = np.clip(np.searchsorted(edges, starts, side="right"), low, high)
     last,over = first.copy(),np.flatnonzero(ends>edges[first]) # few reach over the edge
     last[over] = np.clip(np.searchsorted(edges, ends[over]-1, side="right"), first[over], high[over])
-    before = np.append(0, np.cumsum(flags)) # trained segments before each
-    train = (before[last+1]>before[first]) & ~opens[first]
-    return np.where(train, np.searchsorted(before, before[first], side="right")-1, first),train # of several, the first that is trained
+    before = np.append(0, np.cumsum(flags & (np.diff(edges, prepend=0)>0))) # trained segments before each
+    train = (flags[first] | (before[last+1]>before[first])) & ~opens[first]
+    return np.where(train & ~flags[first], np.searchsorted(before, before[first], side="right")-1, first),train # of several, the first that is trained
 
 def _spans(placed, enc, sizes):
     "(first byte of each id, place after its last byte) on the axis of the batch; `sizes`: bytes of each group"
