@@ -66,6 +66,9 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "jinja_has_text": (dict(chat_template="jinja"), "needs `chat_template_jinja`", dict(chat_template="jinja", chat_template_jinja="{{ x }}")),
     "raw_rows_have_no_duplicates": (dict(skip_prepare_dataset=True, dataset_exact_deduplication=True), "cannot be compared", dict(dataset_exact_deduplication=True)),
     "keys_of_the_type": (dict(datasets=[dict(path="y", type="completion", roles_to_train=["user"])]), "`roles_to_train` has no effect with `type: completion`", dict(datasets=[CHAT | dict(roles_to_train=["user"])])),
+    "mixtures_are_whole": (dict(datasets=[dict(path="y", weight=1), dict(path="z")]), "give every dataset a `weight`", dict(datasets=[dict(path="y", weight=1), dict(path="z", weight=2)], mix_by="rows")),
+    "a_part_has_a_number": (dict(dataset_shard_num=3, dataset_shard_idx=3), "the last of 3 parts is 2", dict(dataset_shard_num=3, dataset_shard_idx=0)),
+    "warnings_come_first": (dict(dropped_rows_warn=0.6), "never be said", dict(dropped_rows_stop=0.01)),
     "batch_is_a_multiple": (dict(batch_size=3, micro_batch_size=2), "no multiple", dict(batch_size=4, micro_batch_size=2)),
     "steps_go_with_strategy": (dict(save_strategy="epoch", save_steps=3), "contradicts", dict(save_strategy="steps", save_steps=3)),
     "steps_are_whole": (dict(save_steps=2.5), "neither a number of steps", dict(save_steps=0.25)),
@@ -88,12 +91,14 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "cut_loss_is_half_precision": (dict(cut_cross_entropy=True, float32=True), "remove `float32`", dict(cut_cross_entropy=True)),
     "rows_are_whole": (dict(val_set_size=1.5), "neither a fraction", dict(val_set_size=2)),
     "keys_for_conversations": (dict(eot_tokens=["x"]), "no effect without conversations", dict(eot_tokens=["x"], datasets=[CHAT])),
+    "one_resume": (dict(resume="auto", resume_from_checkpoint="x"), "give only one of `resume`, `resume_from_checkpoint`", dict(resume="auto", auto_resume_from_checkpoints=False)),
     "needs_moments": (dict(optimizer="adafactor", adam_beta1=0.8), "no effect with `optimizer: adafactor`", dict(adam_beta1=0.8)),
 }
 ALSO = [ # further branches of the same rules
     (dict(streaming=True, max_steps=5, val_set_size=0.1), "cannot be taken from a stream"), (dict(streaming=True, max_steps=5, dataset_exact_deduplication=True), "searched for duplicates"),
     (dict(streaming=True, max_steps=5, sample_packing=True, datasets=[dict(path="a"), dict(path="b")]), "only one dataset"), (dict(datasets=[CHAT | dict(chat_template="jinja")]), "needs `chat_template_jinja`"),
     (dict(chat_template="chatml", chat_template_jinja="x"), "contradicts"), (dict(datasets=[dict(path="y", type="alpaca", field="x")]), "`type: completion`"), (dict(save_strategy="steps"), "needs `save_steps`"), (dict(save_strategy="no", saves_per_epoch=2), "contradicts"),
+    (dict(mix_until="all_exhausted"), "`mix_until` has no effect"), (dict(dataset_shard_num=2), "say which of the 2 parts"), (dict(test_datasets=[dict(path="z", weight=1)]), "no effect in `test_datasets`"),
     (dict(save_strategy="best"), "needs `metric_for_best_model`"), (dict(sample_packing=True, s2_attention=True), "shifts tokens"), (dict(sample_packing=True, group_by_length=True), "all of one length"), (dict(group_by_length=True, curriculum_sampling=True), "contradict"),
     (dict(sample_packing=True, sample_packing_sequentially=True, sample_packing_group_size=9), "no gap is closed"), (dict(sample_packing=True, packing="tight", sample_packing_group_size=9), "all samples"), (dict(sample_packing=True, eval_table_size=5, val_set_size=0.1), "from packed rows"),
     (dict(adapter="qlora", lora_target_linear=True), "needs `load_in_4bit: true`"), (dict(adapter="lora", lora_target_linear=True, unfrozen_parameters=["a"], peft_layers_to_transform=[1]), "both say what is trained"),
@@ -115,6 +120,7 @@ def test_branch(fires, says): assert any(says in m for m in said(**fires)), said
 
 
 NOTED = {"evaluations_need_data": (dict(evals_per_epoch=4), "no effect without", dict(evals_per_epoch=4, val_set_size=0.1)), "pushed_when_saved": (dict(hub_model_id="a/b", save_strategy="no"), "once, at the end", dict(hub_model_id="a/b")),
+    "shuffled_anyway": (dict(shuffle_before_merging_datasets=True), "has no effect while", dict(shuffle_before_merging_datasets=True, shuffle_merged_datasets=False)),
     "flattening_one_row": (dict(batch_flattening=True), "has no effect with `micro_batch_size: 1`", dict(batch_flattening=True, micro_batch_size=2)),
     "run_without_a_name": (dict(wandb_project="p", wandb_run_id="r"), "named after", dict(wandb_project="p", wandb_run_id="r", wandb_name="n"))}
 

@@ -21,7 +21,10 @@ from .options import *
 from .config import *
 from .explain import explain, config_table, json_schema
 from .tiny import *
+from .report import REASONS, DataReport, SourceReport, plot_report
+from .mixing import draw_valid
 from .engines import *
+from .files import *
 from .sources import *
 from .prompts import *
 from .templates import *

@@ -6,11 +6,11 @@ Docs: https://tuneforge.github.io/tuneforge/derive.html.md"""
 
 # %% auto #0
 __all__ = ['DERIVED', 'accumulation', 'eval_rows', 'packs_evaluation', 'fixed_length', 'strategy', 'interval', 'tokenizer_source',
-           'prepared_folder', 'derived']
+           'eval_length', 'prepared_folder', 'derived']
 
 # %% ../nbs/03_derive.ipynb #dcf1b59f
 from typing import Literal
-from .options import AllOptions, PackingOptions, PreparedOptions, TokenizerOptions, TrainOptions
+from .options import AllOptions, DataOptions, PackingOptions, PreparedOptions, TokenizerOptions, TrainOptions
 
 # %% ../nbs/03_derive.ipynb #04750dfd
 def accumulation(
@@ -64,6 +64,12 @@ def tokenizer_source(
     "Where the tokenizer comes from"
     return opts.tokenizer_config or opts.base_model_config or opts.base_model
 
+def eval_length(
+    opts:DataOptions, # `eval_sequence_len`, `sequence_len`
+) -> int: # tokens
+    "Longest row to evaluate on"
+    return opts.eval_sequence_len or opts.sequence_len
+
 def prepared_folder(
     opts:PreparedOptions, # `dataset_prepared_path`
 ) -> str: # folder
@@ -73,7 +79,7 @@ def prepared_folder(
 # %% ../nbs/03_derive.ipynb #313fe2af
 DERIVED = {"gradient_accumulation_steps": (accumulation, "`batch_size` / `micro_batch_size`, else 1"), "eval_batch_size": (eval_rows, "as `micro_batch_size`"), "eval_sample_packing": (packs_evaluation, "as `sample_packing`"),
     "pad_to_sequence_len": (fixed_length, "as `sample_packing`"), "save_strategy": (lambda o: strategy(o, "save"), "from `save_steps` and `saves_per_epoch`"), "eval_strategy": (lambda o: strategy(o, "eval") if o.val_set_size or o.test_datasets else "no", "from `eval_steps` and whether there is evaluation data"),
-    "tokenizer_config": (tokenizer_source, "as `base_model`"), "dataset_prepared_path": (prepared_folder, "the usual place")}
+    "tokenizer_config": (tokenizer_source, "as `base_model`"), "eval_sequence_len": (eval_length, "as `sequence_len`"), "dataset_prepared_path": (prepared_folder, "the usual place")}
 "key -> (function of the options, how its value is found)"
 
 def derived(

@@ -93,11 +93,9 @@ NOT_YET = _table(
         "liger_cross_entropy liger_fused_linear_cross_entropy plugins gc_steps torch_empty_cache_steps activation_offloading gradient_checkpointing=unsloth gradient_checkpointing=offload "
         "gradient_checkpointing=offload_disk flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_fuse_mlp unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o "
         "unsloth_rms_norm unsloth_rope", "remove it: the result is the same, with more memory or time"),
-    sources=("datasets.shards datasets.shards_idx datasets.preprocess_shards datasets.trust_remote_code datasets.ds_type=csv datasets.ds_type=parquet datasets.ds_type=arrow datasets.ds_type=text",
-        "turn the data into a JSONL file first"),
-    data=("shuffle_before_merging_datasets dataset_exact_deduplication eval_sequence_len excess_length_strategy=truncate excess_length_strategy=split excess_length_strategy=raise "
-        "max_prompt_len push_dataset_to_hub dataset_shard_num dataset_shard_idx skip_prepare_dataset tokenizer_engine=auto tokenizer_engine=tokie tokenizer_engine=gigatoken "
-        "tokenizer_verify", "prepare the data that way before, and remove it"))
+    sources=("datasets.trust_remote_code",
+        "save the rows that the code makes as a file first"),
+    data=("push_dataset_to_hub skip_prepare_dataset", "prepare the data that way before, and remove it"))
 
 # %% ../nbs/01_options.ipynb #1c3773a1
 NOT_YET |= _table(
@@ -111,7 +109,7 @@ NOT_YET |= _table(
         "optimizer=lion_pytorch optimizer=optimi_adamw optimizer=ao_adamw_4bit optimizer=ao_adamw_8bit optimizer=ao_adamw_fp8 optimizer=adopt_adamw optimizer=muon optimizer=came_pytorch optimizer=adamw_apex_fused "
         "lr_scheduler=cosine_with_restarts lr_scheduler=polynomial lr_scheduler=inverse_sqrt lr_scheduler=reduce_lr_on_plateau lr_scheduler=cosine_with_min_lr lr_scheduler=cosine_warmup_with_min_lr "
         "lr_scheduler=warmup_stable_decay lr_scheduler=greedy lr_scheduler=one_cycle lr_scheduler=rex", "use `optimizer: adamw_torch` with `lr_scheduler: cosine`, `linear` or `constant_with_warmup`"),
-    early=("save_first_step profiler_steps profiler_steps_start", "remove it: it changes nothing about the result"),
+    early=("profiler_steps profiler_steps_start", "remove it: it changes nothing about the result"),
     run=("save_strategy=best hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size do_causal_lm_eval eval_causal_lm_metrics "
         "do_bench_eval bench_dataset bench_split generate_samples num_generation_samples generation_max_new_tokens generation_temperature",
         "remove it, and evaluate or push the saved checkpoints afterwards"),
@@ -120,7 +118,7 @@ NOT_YET |= _table(
         "comet_mode comet_online comet_experiment_config", "remove it: every metric is in `run.json` and `loss.png`"),
     devices=("deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters dp_shard_size dp_replicate_size "
         "context_parallel_size tensor_parallel_size", "remove it: `torchrun` gives each device a copy of the model"),
-    preferences=("rl reward_model rl_beta rl_adapter_ref_model dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs orpo_alpha rpo_alpha simpo_gamma cpo_alpha "
+    preferences=("rl max_prompt_len reward_model rl_beta rl_adapter_ref_model dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs orpo_alpha rpo_alpha simpo_gamma cpo_alpha "
         "kto_desirable_weight kto_undesirable_weight", "train on the chosen answers, without `rl`"),
     gradio=("gradio_title gradio_share gradio_server_name gradio_server_port gradio_max_new_tokens gradio_temperature", "remove it: `tuneforge inference` asks in the terminal"))
 
@@ -308,14 +306,14 @@ class SourceOptions(Options):
     "Where the rows of a dataset come from"
     path:str = Field(description="file, folder, `s3://`, `gs://`, `az://` or `https://` address, or dataset id on the hub; a local path wins")
     name:str|list[str]|None = _opt(None, "configuration of a hub dataset; a list stands for several entries that differ in it")
-    split:str = _opt("train", "split of a hub dataset; `train[:500]` takes a part of it")
+    split:str = _opt("train", "split of the dataset; a file has only `train`; `train[:500]`, `train[:10%]+test` take parts")
     revision:str|None = _opt(None, "branch, tag or commit of a hub dataset")
-    data_files:str|list[str]|None = _opt(None, "files to take from the folder or hub repository")
-    ds_type:Literal["json","csv","parquet","arrow","text"]|None = _opt(None, "file format, where the suffix does not tell")
+    data_files:str|list[str]|None = _opt(None, "files to take from the folder or hub repository, or patterns such as `part-*.jsonl`")
+    ds_type:Literal["json","csv","tsv","parquet","arrow","text"]|None = _opt(None, "kind of the files, where the suffix does not tell, or the folder has several")
     trust_remote_code:bool = _opt(False, "run Python code that comes with the dataset; datasets 4 and newer cannot, so this is refused")
-    shards:int|None = _opt(None, "cut the dataset into so many parts, and take one", gt=0)
+    shards:int|None = _opt(None, "cut the dataset into so many parts, and take one: each `shards`-th row", gt=0)
     shards_idx:int|None = _opt(None, "which part, from 0", ge=0)
-    preprocess_shards:int|None = _opt(None, "tokenise in so many parts, one after the other", gt=0)
+    preprocess_shards:int|None = _opt(None, "tokenise in so many parts, one after the other; here rows are always prepared in batches", gt=0)
 
 OptionTable(SourceOptions)
 
@@ -377,6 +375,8 @@ OptionTable(ChatOptions, but=(FormatOptions,))
 class DatasetOptions(ChatOptions):
     "An entry of `datasets` for supervised training: a source, and how its rows become text"
     kind:Literal["supervised"] = Field("supervised", exclude=True, repr=False)
+    weight:float|None = _opt(None, "share of this dataset in the mixture, relative to the others' weights; blank: all datasets as they are, one after the other", gt=0)
+    max_rows:int|None = _opt(None, "rows to take from this dataset at most, drawn at random by `seed` before anything is tokenised", gt=0)
 
 class PreferenceDataset(SourceOptions):
     "An entry with a prompt, a chosen and a rejected answer"
@@ -417,8 +417,8 @@ class PreparedOptions(Options):
     dataset_shard_idx:int|None = _opt(None, "which part, from 0", ge=0)
     skip_prepare_dataset:bool = _opt(False, "pass raw rows to the collator (images)")
     remove_unused_columns:bool|None = _opt(None, "drop columns that the model does not take; here there are none")
-    tokenizer_engine:Literal["auto","hf","tokie","gigatoken"] = _opt("hf", "what tokenises: Hugging Face's tokenizers, or a faster engine that is first checked against them")
-    tokenizer_verify:int|Literal["all"] = _opt(2000, "texts of each dataset on which a faster engine is compared")
+    tokenizer_engine:Literal["auto","hf","tokie","gigatoken"] = _opt("auto", "what tokenises: Hugging Face's tokenizers, or a faster engine (`pip install 'tuneforge[fast]'`) that is first checked against them; `auto`: the fastest that is installed and gives the same ids")
+    tokenizer_verify:Annotated[int,Field(gt=0)]|Literal["all"] = _opt(2000, "rows of each dataset on which a faster engine is compared with Hugging Face's tokenizers")
     dataloader_num_workers:int|None = _opt(None, "processes that collate batches", ge=0)
     dataloader_pin_memory:bool|None = _opt(None, "collate into pinned memory")
     dataloader_prefetch_factor:int|None = _opt(None, "batches that each of these processes makes ahead", gt=0)
@@ -438,18 +438,23 @@ class DataOptions(PreparedOptions):
     streaming:bool|None = _opt(None, "read `datasets` as streams, without preparing them first; with `max_steps`")
     val_set_size:float = _opt(0.0, "part of the training data, drawn at random, to evaluate on: a fraction, or a number of rows if over 1", ge=0)
     shuffle_merged_datasets:bool = _opt(True, "train in shuffled order")
-    shuffle_before_merging_datasets:bool = _opt(False, "shuffle each dataset by itself as well")
-    dataset_exact_deduplication:bool = _opt(False, "drop rows with the same tokens")
+    shuffle_before_merging_datasets:bool = _opt(False, "shuffle each dataset by itself; for `shuffle_merged_datasets: false`, which then trains one shuffled dataset after the other")
+    mix_by:Literal["tokens","rows"] = _opt("tokens", "what the `weight`s of datasets are shares of")
+    mix_until:Literal["first_exhausted","all_exhausted"] = _opt("first_exhausted", "size of a mixture with `weight`s: until the first dataset is used up, so that no row repeats, or until every row was used, with repeats of the others")
+    dataset_exact_deduplication:bool = _opt(False, "drop rows with the same tokens, and rows to train on that are also evaluated on")
     sequence_len:int = _opt(512, "longest row, in tokens; longer rows are dropped and counted, `completion` rows are split", gt=1)
-    eval_sequence_len:int|None = _opt(None, "the same for evaluation, if it differs", gt=1)
+    eval_sequence_len:int|None = _opt(None, "the same for `test_datasets`, if it differs", gt=1)
     min_sample_len:int = _opt(2, "shortest row, in tokens", gt=0)
-    excess_length_strategy:Literal["drop","truncate","split","raise"] = _opt("drop", "what becomes of longer rows")
+    excess_length_strategy:Literal["drop","truncate","split","raise"] = _opt("drop", "what becomes of longer rows: dropped, cut at the end, cut into pieces that are all kept, or an error; `completion` rows are always cut into pieces")
     max_prompt_len:int = _opt(512, "longest prompt of a preference pair, in tokens", gt=0)
     train_on_inputs:bool = _opt(False, "train prompts as well as responses")
     chat_template_kwargs:dict|None = _opt(None, "more variables for the chat template, such as `enable_thinking`")
     default_system_message:str|None = _opt(None, "system message of conversations that have none")
     eot_tokens:list[str]|None = _opt(None, "tokens that end a turn; blank: what the chat template writes after an answer")
     on_bad_row:Literal["stop","skip","quarantine"] = _opt("stop", "what happens at a broken row: an error, a count in the report, or a file of its own")
+    on_untrained_row:Literal["drop","keep","stop"] = _opt("drop", "what happens at a row without a trained token: it is dropped, kept for what it may be good for, or an error")
+    dropped_rows_warn:float = _opt(0.05, "warn when more than this share of a dataset's rows is lost: too long, too short, untrained, or no good", ge=0, le=1)
+    dropped_rows_stop:float = _opt(0.5, "stop when more than this share of a dataset's rows is lost, or all of them; 1: only then", gt=0, le=1)
     seed:int = _opt(42, "seed of every random choice: data order, dropout, new weights", ge=0, lt=2**32)
 
 OptionTable(DataOptions, but=(PreparedOptions,))
@@ -637,12 +642,13 @@ class TrainOptions(EvalOptions):
     save_strategy:Literal["no","steps","epoch","best"]|None = _opt(None, "when to write checkpoints; blank: `steps` if `save_steps` is given, else `epoch`")
     save_steps:int|float|None = _opt(None, "optimizer steps between checkpoints; below 1: a fraction of all steps", gt=0)
     saves_per_epoch:int|None = _opt(None, "checkpoints in each epoch", gt=0)
-    save_total_limit:int = _opt(4, "newest checkpoints to keep", gt=0)
-    save_only_model:bool = _opt(False, "checkpoints without optimizer state: smaller, cannot be resumed")
+    save_total_limit:int = _opt(4, "newest checkpoints to keep, besides the best one", gt=0)
+    save_only_model:bool = _opt(False, "checkpoints without optimizer state: smaller, cannot be resumed; a signal writes a full one")
     save_first_step:bool = _opt(False, "write a checkpoint after the first step, to see that it works")
     save_safetensors:bool = _opt(True, "weights as safetensors; there is no other way here")
-    resume_from_checkpoint:str|None = _opt(None, "checkpoint folder to go on from")
-    auto_resume_from_checkpoints:bool = _opt(False, "go on from the newest checkpoint in `output_dir`")
+    resume:str|None = _opt(None, "`auto`: go on from the newest whole checkpoint in `output_dir`, if there is one; a checkpoint folder: from that; `never`, or blank: begin anew")
+    resume_from_checkpoint:str|None = _opt(None, "checkpoint folder to go on from; as `resume` with a folder")
+    auto_resume_from_checkpoints:bool = _opt(False, "go on from the newest whole checkpoint in `output_dir`; as `resume: auto`")
     hub_model_id:str|None = _opt(None, "hub repository for the result (private)")
     hub_strategy:Literal["end","every_save","checkpoint","all_checkpoints"]|None = _opt(None, "what is pushed when")
     hub_revision:str|None = _opt(None, "branch to push to")
@@ -767,7 +773,7 @@ MOVED = {"rope_scaling": "it belongs to the model's own config.json, or under `o
 # %% ../nbs/01_options.ipynb #8c4a08e6
 HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated",
     "sample_packing_mp_start_method": "packing needs no processes", "total_num_tokens": "tokens are counted", "total_supervised_tokens": "tokens are counted", "multipack_real_batches": "rows of a packed batch are always kept apart",
-    "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "datasets.type.field": "`completion` names its column beside `type`",
+    "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "datasets.preprocess_shards": "rows are always prepared in batches, in flat memory", "datasets.type.field": "`completion` names its column beside `type`",
     "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "tokenizer_use_fast": "only fast tokenizers are used",
     **{f"is_{o}_derived_model": "the architecture is read from the model's config" for o in ("falcon","llama","mistral","qwen")}}
 "Keys that are accepted and say nothing, with the reason; a note repeats it"

@@ -7,7 +7,7 @@ Docs: https://tuneforge.github.io/tuneforge/packing.html.md"""
 # %% auto #0
 __all__ = ['COMPILE_FROM', 'length_correlation', 'compiled', 'pack', 'split_bins', 'deal', 'epoch_order', 'group_by_length',
            'PackPlan', 'plan_epoch', 'packing_way', 'plan_training', 'plan_evaluation', 'count_steps', 'RunPlan',
-           'sample_lengths', 'block_mask', 'Collator']
+           'block_mask', 'Collator']
 
 # %% ../nbs/15_packing.ipynb #963f5490
 import math
@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from types import FunctionType
 import numpy as np
 from .config import PackingOptions, UserError
+from .dataset import sample_lengths
 from .derive import accumulation, eval_rows, packs_evaluation
 from .tokens import IGNORE
 
@@ -347,14 +348,6 @@ class RunPlan:
         length = f"{self.steps/per:.3g} epochs of {per:,}" if self.steps!=per else "1 epoch"
         shape = "×".join(map(str, first.order.shape[1:]))
         return f"{self.steps:,} steps ({length}) of {shape} (ranks × accumulation × rows); {len(first.sample_ids):,} samples in {len(first.bin_offsets)-1:,} bins{full}"
-
-# %% ../nbs/15_packing.ipynb #da2e3bd7
-def sample_lengths(
-    ds, # datasets.Dataset with `input_ids`
-) -> np.ndarray: # (samples,) tokens of each
-    "Tokens of each sample"
-    import pyarrow.compute as pc
-    return pc.list_value_length(ds.with_format("arrow")["input_ids"][:]).to_numpy().astype(np.int64)
 
 # %% ../nbs/15_packing.ipynb #fabe17f6
 def _row(samples):

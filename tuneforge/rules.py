@@ -93,7 +93,7 @@ NEEDS = {
     "metric_for_best_model": "greater_is_better", "do_causal_lm_eval": "eval_causal_lm_metrics", "do_bench_eval": "bench_dataset bench_split", "generate_samples": "num_generation_samples generation_max_new_tokens generation_temperature",
     "profiler_steps": "profiler_steps_start", "hub_model_id": "hub_strategy hub_revision", "wandb_project|use_wandb": "wandb_entity wandb_name wandb_run_id wandb_mode wandb_watch wandb_log_model",
     "mlflow_experiment_name|use_mlflow": "mlflow_tracking_uri mlflow_run_name hf_mlflow_log_artifacts", "comet_project_name|use_comet": "comet_api_key comet_workspace comet_experiment_key comet_mode comet_online comet_experiment_config",
-    "dataset_shard_num": "dataset_shard_idx", "val_set_size|test_datasets": "eval_steps eval_strategy early_stopping_patience eval_sequence_len load_best_model_at_end eval_table_size do_causal_lm_eval generate_samples",
+    "dataset_shard_num": "dataset_shard_idx", "test_datasets": "eval_sequence_len", "val_set_size|test_datasets": "eval_steps eval_strategy early_stopping_patience load_best_model_at_end eval_table_size do_causal_lm_eval generate_samples",
     "optimizer=adamw_anyprecision": "torchdistx_path", "optimizer=came_pytorch": "adam_beta3 adam_epsilon2", "lr_scheduler=cosine": "cosine_min_lr_ratio lr_quadratic_warmup", "cosine_min_lr_ratio": "cosine_constant_lr_ratio",
     "lr_scheduler=one_cycle": "lr_div_factor", "lr_scheduler!=constant": "warmup_steps warmup_ratio", "tokenizer_engine!=hf": "tokenizer_verify"}
 "condition -> keys that do nothing where it does not hold"
@@ -112,8 +112,18 @@ def _evaluations_need_data(cfg):
         yield "evals_per_epoch", "`evals_per_epoch` has no effect without `val_set_size` or `test_datasets`"
 
 @note
+def _shuffled_anyway(cfg):
+    if cfg.shuffle_before_merging_datasets and cfg.shuffle_merged_datasets:
+        yield "shuffle_before_merging_datasets", "`shuffle_before_merging_datasets` has no effect while `shuffle_merged_datasets` shuffles all rows together"
+
+@note
 def _pushed_when_saved(cfg):
     if cfg.hub_model_id and cfg.save_strategy=="no": yield "hub_model_id", "with `save_strategy: no` the hub gets the result once, at the end"
+
+@rule
+def _one_resume(cfg):
+    on = [k for k in ("resume","resume_from_checkpoint","auto_resume_from_checkpoints") if getattr(cfg, k) not in OFF]
+    if len(on)>1: yield on[0], f"give only one of {', '.join(f'`{k}`' for k in on)}"
 
 @rule
 def _needs_moments(cfg):
@@ -153,6 +163,27 @@ def _jinja_has_text(cfg):
 @rule
 def _raw_rows_have_no_duplicates(cfg):
     if cfg.skip_prepare_dataset and cfg.dataset_exact_deduplication: yield "dataset_exact_deduplication", "rows that are not tokenised (`skip_prepare_dataset`) cannot be compared"
+
+# %% ../nbs/02_rules.ipynb #844cdeab
+@rule
+def _mixtures_are_whole(cfg):
+    weighed = [e.kind=="supervised" and e.weight is not None for e in cfg.datasets]
+    if any(weighed) and not all(weighed): yield ("datasets",weighed.index(False)), "give every dataset a `weight`, or none"
+    for i,e in enumerate(cfg.test_datasets or []):
+        if e.kind=="supervised" and e.weight is not None: yield ("test_datasets",i,"weight"), "`weight` has no effect in `test_datasets`: all of them are evaluated on"
+    for k in ("mix_by","mix_until"):
+        if k in cfg.model_fields_set and not any(weighed): yield k, f"`{k}` has no effect without a `weight` in each of `datasets`"
+
+@rule
+def _a_part_has_a_number(cfg):
+    n,i = cfg.dataset_shard_num,cfg.dataset_shard_idx
+    if n and i is None: yield "dataset_shard_num", f"say which of the {n} parts: `dataset_shard_idx`, from 0"
+    if n and i is not None and i>=n: yield "dataset_shard_idx", f"`dataset_shard_idx` counts from 0, so the last of {n} parts is {n-1}"
+
+@rule
+def _warnings_come_first(cfg):
+    if asks(cfg, "dropped_rows_warn") and cfg.dropped_rows_warn>cfg.dropped_rows_stop:
+        yield "dropped_rows_warn", f"`dropped_rows_warn` {cfg.dropped_rows_warn:g} is over `dropped_rows_stop` {cfg.dropped_rows_stop:g}: it would never be said"
 
 # %% ../nbs/02_rules.ipynb #63d8b8c5
 _CHAT = "field_messages message_field_role message_field_content message_property_mappings roles_to_train train_on_eot message_field_training message_field_training_detail drop_system_message split_thinking field_tools chat_template chat_template_jinja".split()

@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/train.html.md"""
 
 # %% auto #0
 __all__ = ['total_steps', 'plan_run', 'PlanLoader', 'causal_loss', 'ForgeTrainer', 'mean_loss', 'training_arguments',
-           'stop_token_ids', 'flattens', 'prove_isolation', 'make_trainer', 'train', 'save_run']
+           'stop_token_ids', 'flattens', 'prove_isolation', 'make_trainer', 'run_facts', 'train', 'save_run']
 
 # %% ../nbs/33_train.ipynb #4302daee
 import json,math,os
@@ -19,16 +19,16 @@ from torch.utils.data import DataLoader
 from .adapters import add_adapter, check_new_tokens
 from .attention import NEED_MASK, Isolation, check_isolation, isolations, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
-from .checkpoint import Run, resume_from, write_text
+from .checkpoint import ResumableTrainer, Run, data_facts, on_first_rank, plan_facts, resume_from, run_to_end, write_text
 from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserError, log
 from .dataset import Prepared, prepare_data
-from .derive import accumulation, eval_rows, fixed_length, interval
+from .derive import accumulation, eval_length, eval_rows, fixed_length, interval
 from .inspect import show_samples
 from .models import best_device, choose_precision, load_model
 from .optim import optimizer_name, schedule
 from .packing import Collator, PackPlan, RunPlan, count_steps, plan_evaluation, plan_training, sample_lengths
 from .tokens import IGNORE, load_tokenizer
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 # %% ../nbs/33_train.ipynb #a18a9322
 def total_steps(
@@ -60,9 +60,12 @@ class _Bins(torch.utils.data.Dataset):
 
 class _PlanSampler:
     "The micro-batches of one rank; has no `batch_size`, so that accelerate leaves it alone"
-    def __init__(self, plans, rank): self.plans,self.rank,self.epoch = plans,rank,0
+    def __init__(self, plans, rank, start=0): self.plans,self.rank,self.start,self.epoch = plans,rank,start,0
     def set_epoch(self, epoch): self.epoch = epoch
-    def __iter__(self): return iter(self.plans[min(self.epoch, len(self.plans)-1)].batches(self.rank))
+    def __iter__(self):
+        plan = self.plans[min(self.epoch, len(self.plans)-1)]
+        epoch,step = divmod(self.start, plan.steps)
+        for order in plan.order[step if epoch==self.epoch else 0:]: yield from ([plan.bin(i) for i in rows] for rows in order[self.rank])
     def __len__(self): return self.plans[0].order[:,0,:,0].size
 
 class PlanLoader(DataLoader):
@@ -72,8 +75,10 @@ class PlanLoader(DataLoader):
         plans:list[PackPlan], # one for each epoch
         collator:Collator, # bins to tensors
         rank:int=0, # whose share
+        start:int=0, # optimizer step to begin with, from the first epoch on
     ):
-        super().__init__(_Bins(ds), batch_sampler=_PlanSampler(plans, rank), collate_fn=collator, pin_memory=torch.cuda.is_available())
+        super().__init__(_Bins(ds), batch_sampler=_PlanSampler(plans, rank, start), collate_fn=collator, pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator()) # its own: making an iterator draws a number, which would shift the dropout of a run that goes on
     def set_epoch(self, epoch): self.batch_sampler.set_epoch(epoch)
 
 # %% ../nbs/33_train.ipynb #4c42275b
@@ -88,7 +93,7 @@ def causal_loss(
     return total/((targets!=IGNORE).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 # %% ../nbs/33_train.ipynb #0f0bf1db
-class ForgeTrainer(Trainer):
+class ForgeTrainer(ResumableTrainer):
     "transformers' Trainer with our order, our schedule and our loss"
     def __init__(self,
         model, # to train
@@ -98,12 +103,12 @@ class ForgeTrainer(Trainer):
         lr_factor, # step -> factor of the learning rate
         collator:Collator, # for training
         eval_loader:DataLoader|None=None, # batches to evaluate on
-        **kwargs, # of Trainer
+        **kwargs, # of ResumableTrainer
     ):
         self.plans,self.lr_factor,self.eval_loader = plans,lr_factor,eval_loader
         super().__init__(model, args, data_collator=collator, train_dataset=data.train, eval_dataset=data.valid,
             compute_loss_func=causal_loss, **kwargs)
-    def get_train_dataloader(self): return PlanLoader(self.train_dataset, self.plans, self.data_collator, self.args.process_index)
+    def get_train_dataloader(self): return PlanLoader(self.train_dataset, self.plans, self.data_collator, self.args.process_index, self.start)
     def create_scheduler(self, num_training_steps:int, optimizer=None):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.lr_factor)
         return self.lr_scheduler
@@ -159,7 +164,7 @@ def training_arguments(
         gradient_accumulation_steps=accumulation(cfg), learning_rate=cfg.learning_rate, optim=optimizer_name(cfg), weight_decay=cfg.weight_decay,
         adam_beta1=cfg.adam_beta1, adam_beta2=cfg.adam_beta2, adam_epsilon=cfg.adam_epsilon, max_grad_norm=cfg.max_grad_norm,
         logging_steps=cfg.logging_steps or max(1, min(10, round(steps*0.005))), logging_nan_inf_filter=False,
-        save_strategy="steps" if save else "no", save_steps=save or 1, save_total_limit=cfg.save_total_limit, save_only_model=cfg.save_only_model,
+        save_strategy="steps" if save else "no", save_steps=save or 1, ignore_data_skip=True, save_only_model=cfg.save_only_model,
         eval_strategy="steps" if evals else "no", eval_steps=evals, metric_for_best_model="eval_loss" if evals else None, greater_is_better=False,
         bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=cfg.tf32 if device=="cuda" else None, use_cpu=device=="cpu",
         remove_unused_columns=False, **_checkpointing(cfg))
@@ -218,25 +223,36 @@ def make_trainer(
     run = RunPlan(plans, steps)
     if rank==0: log.info(repr(run))
     args = training_arguments(cfg, steps, plans[0].steps, data.valid is not None)
-    pad = (tokenizer.pad_token_id, cfg.sequence_len if fixed_length(cfg) else None, cfg.pad_to_multiple_of or 1)
-    plain,flat = Collator(pad[0], False, *pad[1:]),flattens(cfg, isolation)
-    collate = lambda packed: isolation.collator(*pad, flat) if packed else plain
+    flat,pad = flattens(cfg, isolation),lambda length: (tokenizer.pad_token_id, length if fixed_length(cfg) else None, cfg.pad_to_multiple_of or 1)
+    def collate(packed, length): return isolation.collator(*pad(length), flat) if packed else Collator(pad(length)[0], False, *pad(length)[1:])
     eval_loader = None
     if data.valid is not None:
-        plan = plan_evaluation(sample_lengths(data.valid), cfg, cfg.sequence_len, world)
-        eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity)), rank)
-    trainer = ForgeTrainer(model, args, data, plans, schedule(cfg, steps), collate(cfg.sample_packing or flat), eval_loader, processing_class=tokenizer,
+        plan = plan_evaluation(sample_lengths(data.valid), cfg, eval_length(cfg), world)
+        eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity), eval_length(cfg)), rank)
+    trainer = ForgeTrainer(model, args, data, plans, schedule(cfg, steps), collate(cfg.sample_packing or flat, cfg.sequence_len), eval_loader, processing_class=tokenizer,
+        facts=run_facts(cfg, data, plans, steps), keep=cfg.save_total_limit, save_first=cfg.save_first_step,
         callbacks=[LiveProgress(run.step_tokens.tolist()), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
     if cfg.early_stopping_patience: trainer.add_callback(EarlyStoppingCallback(cfg.early_stopping_patience))
     return trainer
 
+def run_facts(
+    cfg:Config, # all options
+    data:Prepared, # train and valid
+    plans:list[PackPlan], # one for each epoch
+    steps:int, # optimizer steps of the run
+) -> dict: # for the manifest of a checkpoint
+    "What a run must have in common with a checkpoint to go on from it"
+    return dict(config=cfg.model_dump(mode="json"), data=dict(train=data_facts(data.train), valid=data_facts(data.valid)), plan=plan_facts(plans),
+        steps=steps, steps_per_epoch=plans[0].steps, rows_per_step=plans[0].order[0].size)
+
 # %% ../nbs/33_train.ipynb #abd7c370
 def train(
     cfg:Config, # all options
     callbacks=(), # more callbacks of transformers' kind
+    allow_drift:bool=False, # go on from a checkpoint though config or data have changed
 ) -> Run: # what came of it
-    "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work."
+    "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
     optimizer_name(cfg),schedule(cfg, 1) # better refused now than after the data are prepared
     tokenizer = load_tokenizer(cfg)
     data = prepare_data(cfg, tokenizer)
@@ -249,7 +265,7 @@ def train(
     if cfg.adapter: model = add_adapter(model, cfg)
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *cfg.datasets) for t in o.eot_tokens or []])
     trainer = make_trainer(cfg, model, tokenizer, data, callbacks, isolation)
-    result = trainer.train(resume_from_checkpoint=resume_from(cfg))
+    result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
     return save_run(cfg, trainer, data, result)
 
 def save_run(
