@@ -34,6 +34,7 @@ from .audit import *
 from .models import *
 from .attention import *
 from .adapters import *
+from .schedules import *
 from .optim import *
 from .callbacks import *
 from .checkpoint import *

@@ -54,8 +54,9 @@ def parameter_groups(
     for n,p in trained: groups.setdefault(_group_of(n, p, id(p) in embeddings, opts), []).append(p)
     if not groups: raise UserError("nothing is trained: every parameter is frozen")
     if opts.weight_decay and all(p.ndim<2 for _,p in trained): raise UserError("`weight_decay` has no effect: every trained parameter is a vector. (FSDP 1 flattens matrices: use `fsdp_version: 2`.)")
+    found = {k[0] for k in groups if k[0]!="LoRA+ B" or any("lora_B" in n for n,_ in trained)}
     for name in _asked(opts):
-        if name not in {k[0] for k in groups}: raise UserError(_HINT.get(name) or f"the group `{name}` of `lr_groups` finds no trained parameter that an earlier group left; there are such as `{trained[0][0]}` and `{trained[-1][0]}`")
+        if name not in found: raise UserError(_HINT.get(name) or f"the group `{name}` of `lr_groups` finds no trained parameter that an earlier group left; there are such as `{trained[0][0]}` and `{trained[-1][0]}`")
     return [dict(params=ps, lr=lr, weight_decay=decay, name=name) for (name,lr,decay),ps in sorted(groups.items(), key=lambda g: g[0][0]!="base")]
 
 # %% ../nbs/30_optim.ipynb #47929b00
