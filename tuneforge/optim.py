@@ -74,29 +74,32 @@ class Recipe:
     fixed:dict = field(default_factory=dict) # more arguments
     group:dict = field(default_factory=dict) # arguments of projected groups
     kind:str = "plain" # `plain`, `projected`, `layerwise`, `muon`, or `model`: it takes the whole model
+    cuda:bool = False # whether its library has no code for other devices
 
 # %% ../nbs/30_optim.ipynb #c2883328
 _galore,_apollo = dict(rank=128, update_proj_gap=200, scale=0.25, proj_type="std"),dict(rank=128, proj="random", scale_type="channel", update_proj_gap=200, scale=1.0, proj_type="std")
 _absolute = dict(scale_parameter=False, relative_step=False)
+_shifted = dict(percentile_clipping=0., block_wise=False) # galore-torch 1.0 hands these on by place, where bitsandbytes now has `max_unorm` and `skip_zeros`
 
 def _bnb(cls, moments, bits, **fixed): return Recipe(f"bitsandbytes.optim:{cls}", moments, dict(optim_bits=bits, **fixed))
-def _low_rank(cls, moments, group, layerwise, fixed={}): return Recipe(cls, moments, fixed, group, "layerwise" if layerwise else "projected")
+def _low_rank(cls, moments, group, layerwise, fixed={}, cuda=False): return Recipe(cls, moments, fixed, group, "layerwise" if layerwise else "projected", cuda)
 
 OPTIMIZERS = {"adamw_torch": Recipe("torch.optim:AdamW"), "adamw_torch_fused": Recipe("torch.optim:AdamW", fixed=dict(fused=True)),
     "sgd": Recipe("torch.optim:SGD", _none), "adagrad": Recipe("torch.optim:Adagrad", _none), "rmsprop": Recipe("torch.optim:RMSprop", _none),
     "adafactor": Recipe("transformers.optimization:Adafactor", _none, _absolute), "muon": Recipe("torch.optim:Muon", _none, dict(adjust_lr_fn="match_rms_adamw"), kind="muon"),
     "lion_pytorch": Recipe("lion_pytorch:Lion", _lion), "optimi_adamw": Recipe("optimi:AdamW"), "stable_adamw": Recipe("optimi:StableAdamW"), "grokadamw": Recipe("grokadamw:GrokAdamW"),
     "adopt_adamw": Recipe("pytorch_optimizer:ADOPT", fixed=dict(weight_decouple=True)), "came_pytorch": Recipe("came_pytorch:CAME", _came),
-    "lomo": Recipe("lomo_optim:Lomo", _none, kind="model"), "adalomo": Recipe("lomo_optim:AdaLomo", _none, kind="model"), "schedule_free_adamw": Recipe("schedulefree:AdamWScheduleFree"),
+    "lomo": Recipe("lomo_optim:Lomo", _none, kind="model"), "adalomo": Recipe("lomo_optim:AdaLomo", _none, kind="model", cuda=True), "schedule_free_adamw": Recipe("schedulefree:AdamWScheduleFree"),
     "schedule_free_radam": Recipe("schedulefree:RAdamScheduleFree"), "schedule_free_sgd": Recipe("schedulefree:SGDScheduleFree", _none), "adamw_anyprecision": Recipe("torchdistx.optimizers:AnyPrecisionAdamW"),
     "adamw_apex_fused": Recipe("apex.optimizers:FusedAdam"), "adamw_torch_xla": Recipe("torch_xla.amp.syncfree:AdamW"), "adamw_torch_npu_fused": Recipe("torch_npu.optim:NpuFusedAdamW")}
 
-OPTIMIZERS |= {n: Recipe(f"torchao.optim:AdamW{k}") for n,k in {"adamw_torch_4bit": "4bit", "adamw_torch_8bit": "8bit", "ao_adamw_4bit": "4bit", "ao_adamw_8bit": "8bit", "ao_adamw_fp8": "Fp8"}.items()}
+OPTIMIZERS |= {"adamw_torch_4bit": Recipe("torchao.optim:AdamW4bit", fixed=dict(block_size=256))}
+OPTIMIZERS |= {n: Recipe(f"torchao.optim:AdamW{k}") for n,k in {"adamw_torch_8bit": "8bit", "ao_adamw_4bit": "4bit", "ao_adamw_8bit": "8bit", "ao_adamw_fp8": "Fp8"}.items()}
 OPTIMIZERS |= {f"{paged}{name}": _bnb(cls, moments, bits, **({"is_paged": True} if paged else {})) for paged,name,cls,moments,bits in [
     ("","adamw_bnb_8bit","AdamW",_adam,8), ("","rmsprop_bnb","RMSprop",_none,32), ("","rmsprop_bnb_8bit","RMSprop",_none,8), ("","rmsprop_bnb_32bit","RMSprop",_none,32), ("","ademamix","AdEMAMix",_slow,32),
     ("","ademamix_8bit","AdEMAMix",_slow,8), ("","lion_32bit","Lion",_lion,32), ("","lion_8bit","Lion",_lion,8), *[("paged_",f"{n}_{b}bit",c,m,b) for n,c,m in (("adamw","AdamW",_adam), ("ademamix","AdEMAMix",_slow), ("lion","Lion",_lion)) for b in (32, 8)]]}
 for _l in ("","_layerwise"):
-    OPTIMIZERS |= {f"galore_adamw{_l}": _low_rank("galore_torch:GaLoreAdamW", _adam, _galore, _l), f"galore_adamw_8bit{_l}": _low_rank("galore_torch:GaLoreAdamW8bit", _adam, _galore, _l),
+    OPTIMIZERS |= {f"galore_adamw{_l}": _low_rank("galore_torch:GaLoreAdamW", _adam, _galore, _l), f"galore_adamw_8bit{_l}": _low_rank("galore_torch:GaLoreAdamW8bit", _adam, _galore, _l, _shifted, True),
         f"galore_adafactor{_l}": _low_rank("galore_torch:GaLoreAdafactor", _none, _galore, _l, _absolute), f"apollo_adamw{_l}": _low_rank("apollo_torch:APOLLOAdamW", _adam, _apollo, _l)}
 OPTIMIZERS |= {"adamw_hf": OPTIMIZERS["adamw_torch"], "adamw_8bit": OPTIMIZERS["adamw_bnb_8bit"]}
 "name -> recipe"
@@ -116,6 +119,7 @@ def find_optimizer(
         if path not in sys.path: sys.path.append(path)
     if find_spec(top := module.split(".")[0]) is None:
         raise UserError(f"`optimizer: {name}` needs {top}: "+(f"pip install 'tuneforge[{_EXTRAS[top]}]'" if top in _EXTRAS else "PyPI does not have it, install it from its source, or choose `adamw_torch_fused`"))
+    if OPTIMIZERS[name].cuda and not torch.cuda.is_available(): raise UserError(f"`optimizer: {name}` needs a CUDA device: {top} has no code for others")
     return getattr(import_module(module), cls)
 
 # %% ../nbs/30_optim.ipynb #36ea9e88
@@ -189,6 +193,11 @@ def projected_weights(
     return ids
 
 # %% ../nbs/30_optim.ipynb #4ad9fbb8
+def _hook(optimizer, save, load):
+    optimizer.register_state_dict_post_hook(save)
+    optimizer.register_load_state_dict_pre_hook(load)
+    return optimizer
+
 def _plainly(optimizer): # projectors are saved as dicts; the module that made them knows their class
     home = sys.modules[type(optimizer).__module__]
     def save(_, sd): return sd | dict(state={i: {k: dict(vars(v), kind=type(v).__name__) if k=="projector" else v for k,v in s.items()} for i,s in sd["state"].items()})
@@ -197,9 +206,21 @@ def _plainly(optimizer): # projectors are saved as dicts; the module that made t
         made.__dict__.update({k: v for k,v in d.items() if k!="kind"})
         return made
     def load(_, sd): return sd | dict(state={i: {k: build(v) if k=="projector" else v for k,v in s.items()} for i,s in sd["state"].items()})
+    return _hook(optimizer, save, load)
+
+def _grok_moments(optimizer): # they are in the groups, by parameter: saved in the order of the parameters
+    def save(o, sd): return sd | dict(param_groups=[{k: v for k,v in saved.items() if k!="state"} | dict(moments=[g.get("state", {}).get(p, {}) for p in g["params"]]) for saved,g in zip(sd["param_groups"], o.param_groups)])
+    def put_back(o):
+        for g in o.param_groups: g["state"] = {p: m for p,m in zip(g["params"], g.pop("moments")) if m}
     optimizer.register_state_dict_post_hook(save)
-    optimizer.register_load_state_dict_pre_hook(load)
+    optimizer.register_load_state_dict_post_hook(put_back)
     return optimizer
+
+_LOMO = ("exp_avg_sq","exp_avg_sq_row","exp_avg_sq_col","step_num")
+def _lomo_moments(optimizer): # they are attributes, by name
+    def save(o, sd): return sd | dict(kept={k: getattr(o, k) for k in _LOMO})
+    def load(o, sd): o.__dict__.update(sd["kept"])
+    return _hook(optimizer, save, load)
 
 # %% ../nbs/30_optim.ipynb #d42e62b2
 def _muon(groups, model, cls, kw, opts): # matrices inside the model for Muon, the rest for AdamW
@@ -217,9 +238,10 @@ def _low_rank_optimizer(groups, model, cls, kw, group, opts):
 def _build(model, opts, total):
     cls,(kw,group),kind = find_optimizer(opts),optimizer_arguments(opts),OPTIMIZERS[opts.optimizer].kind
     if schedule_free(opts) and "warmup_steps" in inspect.signature(cls).parameters and "warmup_steps" not in kw: kw["warmup_steps"] = 0 if opts.lr_scheduler=="constant" else warmup_steps(opts, total)
-    if kind=="model": return cls(model, **kw)
+    if kind=="model": return _lomo_moments(cls(model, **kw)) if opts.optimizer=="adalomo" else cls(model, **kw)
     groups = parameter_groups(model, opts)
     if kind=="muon": return _muon(groups, model, cls, kw, opts)
+    if opts.optimizer=="grokadamw": return _grok_moments(cls(groups, **kw))
     return cls(groups, **kw) if kind=="plain" else _low_rank_optimizer(groups, model, cls, kw, group, opts)
 
 # %% ../nbs/30_optim.ipynb #7db4f0c0

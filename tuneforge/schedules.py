@@ -73,7 +73,7 @@ def warmup_stable_decay(
     "Up, level, down"
     if num_decay_steps is None: num_decay_steps = math.ceil(total/10) if num_stable_steps is None else total-warmup-num_stable_steps
     level = total-warmup-num_decay_steps if num_stable_steps is None else num_stable_steps
-    if step<warmup: f = 1-_BENDS[warmup_type](rise(step, warmup), 0.5)
+    if step<warmup: f = _BENDS[warmup_type](1-rise(step, warmup), 0.5)
     elif step<warmup+level: return 1.
     else: f = _BENDS[decay_type](min(1., (step-warmup-level)/max(1, num_decay_steps)), num_cycles)
     return max(0., min_lr_ratio+(1-min_lr_ratio)*f)
@@ -155,7 +155,7 @@ def _falling(opts, warmup, total, kw):
     curve = partial(CURVES[opts.lr_scheduler], **kw, **({"floor": floor} if floor else {}))
     end = total*(opts.cosine_constant_lr_ratio or 1)
     def f(step):
-        if step>=warmup: return max(0., curve(min(1., (step-warmup)/max(1, end-warmup))))
+        if step>=warmup: return max(0., curve(1. if step>=end else (step-warmup)/(end-warmup)))
         if first is not None: return first+(1-first)*step/warmup
         return rise(step, warmup, 2 if opts.lr_quadratic_warmup else 1)
     return f
