@@ -92,9 +92,23 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "rows_are_whole": (dict(val_set_size=1.5), "neither a fraction", dict(val_set_size=2)),
     "keys_for_conversations": (dict(eot_tokens=["x"]), "no effect without conversations", dict(eot_tokens=["x"], datasets=[CHAT])),
     "one_resume": (dict(resume="auto", resume_from_checkpoint="x"), "give only one of `resume`, `resume_from_checkpoint`", dict(resume="auto", auto_resume_from_checkpoints=False)),
+    "arguments_of_the_optimizer": (dict(optim_args="fused"), "`fused` is no `key=value`", dict(optim_args="betas=(0.9, 0.95),fused=true")),
+    "whole_optimizers": (dict(optimizer="apollo_adamw"), "needs `optim_target_modules`", dict(optimizer="apollo_adamw", optim_target_modules="all_linear")),
+    "patterns_of_names": (dict(lr_groups=[dict(name="a", modules=["b", "c("], lr=1)]), "`c(` is no regular expression", dict(lr_groups=[dict(name="a", modules=["b", "c.*"], lr=1)])),
+    "arguments_of_the_schedule": (dict(lr_scheduler_kwargs=dict(power=2)), "`power` has no effect with `lr_scheduler: cosine`, which reads `num_cycles`", dict(lr_scheduler_kwargs=dict(power=2), lr_scheduler="polynomial")),
+    "schedules_of_their_own": (dict(lr_scheduler="greedy"), "follows the evaluations", dict(lr_scheduler="greedy", val_set_size=0.1)),
+    "teeth_have_room": (dict(jagged_restart_steps=11), "take 11 steps, and there are 11", dict(jagged_restart_steps=12)),
     "needs_moments": (dict(optimizer="adafactor", adam_beta1=0.8), "no effect with `optimizer: adafactor`", dict(adam_beta1=0.8)),
 }
+_LR = lambda **kw: dict(lr_scheduler_kwargs=kw)
 ALSO = [ # further branches of the same rules
+    (dict(optim_args=dict(weight_decay=1)), "has a key of its own: `weight_decay`"), (dict(optim_args="lr=1"), "`learning_rate`"), (dict(optimizer="lomo", gradient_accumulation_steps=2), "`gradient_accumulation_steps: 1`"),
+    (dict(optimizer="adalomo", batch_size=4, micro_batch_size=2), "`gradient_accumulation_steps: 1`"), (dict(optimizer="lomo", max_grad_norm=1), "never has all gradients"), (dict(optimizer="lomo", weight_decay=0.1), "treats all parameters alike"),
+    (dict(optimizer="galore_adamw", optim_target_modules=["*"]), "no regular expression"), (dict(lr_scheduler="constant") | _LR(power=2), "takes no arguments"), (dict(lr_scheduler="polynomial") | _LR(lr_end=1e-3), "is not under `learning_rate` 0.0001"),
+    (dict(lr_scheduler="cosine_with_min_lr"), "needs one of `min_lr` and `min_lr_rate`"), (dict(lr_scheduler="cosine_with_min_lr") | _LR(min_lr=1e-6, min_lr_rate=0.1), "needs one of"), (dict(lr_scheduler="one_cycle", lr_div_factor=5) | _LR(div_factor=5), "give one"),
+    (dict(lr_scheduler="one_cycle", warmup_steps=5) | _LR(pct_start=0.3), "give one"), (dict(lr_scheduler="one_cycle") | _LR(pct_start=0.7, three_phase=True), "0.5 or less"), (dict(lr_scheduler="greedy", val_set_size=0.1, eval_strategy="no"), "follows the evaluations"),
+    (dict(optimizer="schedule_free_adamw", lr_scheduler="linear"), "write `lr_scheduler: constant`"), (dict(optimizer="schedule_free_adamw", cosine_min_lr_ratio=0.1), "does without a schedule"), (dict(optimizer="schedule_free_radam", warmup_steps=3), "does without a schedule"),
+    (dict(jagged_restart_steps=99, lr_scheduler="one_cycle"), "cannot be restarted"), (dict(optimizer="lion_8bit", adam_epsilon=1e-6), "no effect with `optimizer: lion_8bit`"),
     (dict(streaming=True, max_steps=5, val_set_size=0.1), "cannot be taken from a stream"), (dict(streaming=True, max_steps=5, dataset_exact_deduplication=True), "searched for duplicates"),
     (dict(streaming=True, max_steps=5, sample_packing=True, datasets=[dict(path="a"), dict(path="b")]), "only one dataset"), (dict(datasets=[CHAT | dict(chat_template="jinja")]), "needs `chat_template_jinja`"),
     (dict(chat_template="chatml", chat_template_jinja="x"), "contradicts"), (dict(datasets=[dict(path="y", type="alpaca", field="x")]), "`type: completion`"), (dict(save_strategy="steps"), "needs `save_steps`"), (dict(save_strategy="no", saves_per_epoch=2), "contradicts"),

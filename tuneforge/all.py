@@ -38,6 +38,7 @@ from .strips import *
 from .models import *
 from .attention import *
 from .adapters import *
+from .schedules import *
 from .optim import *
 from .callbacks import *
 from .checkpoint import *

@@ -11,9 +11,9 @@ __all__ = ['NOT_YET', 'Size', 'AnyDataset', 'Optimizer', 'Schedule', 'TOPICS', '
            'PlacementOptions', 'AttentionOptions', 'KernelOptions', 'OldKernelOptions', 'ModelOptions', 'SourceOptions',
            'CustomFormat', 'FormatOptions', 'ChatOptions', 'DatasetOptions', 'PreferenceDataset', 'KtoDataset',
            'PretrainingDataset', 'PreparedOptions', 'DataOptions', 'PackingOptions', 'OldPackingOptions', 'LoraOptions',
-           'PartialOptions', 'OptimOptions', 'LearningRateGroup', 'ScheduleOptions', 'EvalOptions', 'TrainOptions',
-           'LoggingOptions', 'DistributedOptions', 'PreferenceOptions', 'GradioOptions', 'FileOptions', 'AllOptions',
-           'topic']
+           'PartialOptions', 'OptimOptions', 'CurveArgs', 'ScheduleArgs', 'LearningRateGroup', 'ScheduleOptions',
+           'EvalOptions', 'TrainOptions', 'LoggingOptions', 'DistributedOptions', 'PreferenceOptions', 'GradioOptions',
+           'FileOptions', 'AllOptions', 'topic']
 
 # %% ../nbs/01_options.ipynb #d6f51680
 import re
@@ -79,7 +79,7 @@ def _block(t, args):
 def _table(**topics): return {k: advice for keys,advice in topics.values() for k in keys.split()}
 
 NOT_YET = _table(
-    half=("bf16=full", "use `bfloat16: true`"), tf32=("tf32=auto", "say true or false"), noise=("neftune_noise_alpha loraplus_lr_ratio loraplus_lr_embedding", "remove it: the run works without"),
+    half=("bf16=full", "use `bfloat16: true`"), tf32=("tf32=auto", "say true or false"), noise=("neftune_noise_alpha", "remove it: the run works without"),
     texts=("pretraining_dataset streaming", "name the texts under `datasets`, with `type: completion`"), token=("hf_use_auth_token", "remove it: a token from `hf auth login` or `HF_TOKEN` is used by itself"),
     loading=("dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor accelerator_config", "remove it: batches are made while the last one is computed"),
     model=("base_model_config base_model_ignore_patterns trust_remote_code cls_model_config processor_type model_kwargs overrides_of_model_config tokenizer_legacy "
@@ -102,13 +102,8 @@ NOT_YET |= _table(
     packing=("auto_find_batch_size pretraining_sample_concatenation "
         "pretrain_multipack_buffer_size streaming_multipack_buffer_size pretrain_multipack_attn=False use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks", "remove it, or use `sample_packing: true`"),
     adapters=("adapter=llama-adapter peft_adapter lora_target_parameters peft_init_lora_weights peft_trainable_token_indices peft_ensure_weight_tying peft relora relora_steps relora_warmup_steps "
-        "relora_anneal_steps relora_prune_ratio relora_cpu_offload jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps unfrozen_parameters lisa_n_layers lisa_step_interval "
+        "relora_anneal_steps relora_prune_ratio relora_cpu_offload unfrozen_parameters lisa_n_layers lisa_step_interval "
         "lisa_layers_attribute", "use `adapter: lora`, or train all weights"),
-    optim=("optim_args optim_target_modules torchdistx_path embedding_lr embedding_lr_scale lr_groups lr_scheduler_kwargs lr_quadratic_warmup cosine_min_lr_ratio "
-        "cosine_constant_lr_ratio lr_div_factor adam_beta3 adam_epsilon2 "
-        "optimizer=lion_pytorch optimizer=optimi_adamw optimizer=ao_adamw_4bit optimizer=ao_adamw_8bit optimizer=ao_adamw_fp8 optimizer=adopt_adamw optimizer=muon optimizer=came_pytorch optimizer=adamw_apex_fused "
-        "lr_scheduler=cosine_with_restarts lr_scheduler=polynomial lr_scheduler=inverse_sqrt lr_scheduler=reduce_lr_on_plateau lr_scheduler=cosine_with_min_lr lr_scheduler=cosine_warmup_with_min_lr "
-        "lr_scheduler=warmup_stable_decay lr_scheduler=greedy lr_scheduler=one_cycle lr_scheduler=rex", "use `optimizer: adamw_torch` with `lr_scheduler: cosine`, `linear` or `constant_with_warmup`"),
     early=("profiler_steps profiler_steps_start", "remove it: it changes nothing about the result"),
     run=("save_strategy=best hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size do_causal_lm_eval eval_causal_lm_metrics "
         "do_bench_eval bench_dataset bench_split generate_samples num_generation_samples generation_max_new_tokens generation_temperature",
@@ -564,42 +559,85 @@ Schedule = Literal["cosine","linear","constant","constant_with_warmup","cosine_w
 class OptimOptions(Options):
     "Optimizer and schedule"
     learning_rate:float = Field(description="peak learning rate", gt=0)
-    optimizer:Optimizer = _opt("adamw_torch", "optimizer; the names with `8bit` and `paged` need bitsandbytes")
+    optimizer:Optimizer = _opt("adamw_torch", "optimizer; many need a package that an extra brings, and say which")
     lr_scheduler:Schedule = _opt("cosine", "how the learning rate falls")
-    warmup_steps:int|None = _opt(None, "steps of linear warmup; blank: 3 % of all steps, at most 100", ge=0)
+    warmup_steps:int|None = _opt(None, "steps of warmup; blank: 3 % of all steps, at most 100", ge=0)
     warmup_ratio:float|None = _opt(None, "the same as a fraction of all steps", ge=0, lt=1)
-    weight_decay:float = _opt(0.0, "decoupled weight decay, on matrices only", ge=0)
+    weight_decay:float = _opt(0.0, "weight decay, on matrices only: norms and biases are vectors", ge=0)
     max_grad_norm:float = _opt(1.0, "clip the gradient's norm to this; 0: never", ge=0)
-    adam_beta1:float = _opt(0.9, "Adam: decay of the first moment", ge=0, lt=1)
-    adam_beta2:float = _opt(0.999, "Adam: decay of the second moment", ge=0, lt=1)
-    adam_beta3:float|None = _opt(None, "CAME: decay of the confidence", ge=0, lt=1)
-    adam_epsilon:float = _opt(1e-8, "Adam: added to the denominator", gt=0)
-    adam_epsilon2:float|None = _opt(None, "CAME: the second epsilon", gt=0)
+    adam_beta1:float = _opt(0.9, "Adam and its kin: decay of the first moment", ge=0, lt=1)
+    adam_beta2:float = _opt(0.999, "Adam and its kin: decay of the second moment", ge=0, lt=1)
+    adam_beta3:float|None = _opt(None, "AdEMAMix: decay of the slow moment; CAME: decay of the confidence; blank: 0.9999", ge=0, lt=1)
+    adam_epsilon:float = _opt(1e-8, "Adam and its kin: added to the denominator; CAME takes 1e-30 where this is blank", gt=0)
+    adam_epsilon2:float|None = _opt(None, "CAME: the second epsilon; blank: 1e-16", gt=0)
 
 OptionTable(OptimOptions)
+
+# %% ../nbs/01_options.ipynb #c0a1f7e2
+_Bend = Literal["linear","cosine","1-sqrt"]
+
+class CurveArgs(Options):
+    "Arguments of the curves that fall once"
+    num_cycles:float|None = _opt(None, "cosine: waves, 0.5 for a fall; cosine_with_restarts: falls", gt=0)
+    power:float|None = _opt(None, "polynomial: the exponent; blank: 1", gt=0)
+    lr_end:float|None = _opt(None, "polynomial: the last learning rate; blank: 1e-7", ge=0)
+    timescale:int|None = _opt(None, "inverse_sqrt: steps to 0.7 of the peak; blank: the warmup, or 10000", gt=0)
+    min_lr:float|None = _opt(None, "lowest learning rate", ge=0)
+    min_lr_rate:float|None = _opt(None, "the same as a fraction of the peak", ge=0, le=1)
+    warmup_lr_rate:float|None = _opt(None, "cosine_warmup_with_min_lr: fraction of the peak to begin at", ge=0, le=1)
+    num_decay_steps:int|None = _opt(None, "warmup_stable_decay: steps of the fall; blank: a tenth of all", gt=0)
+    num_stable_steps:int|None = _opt(None, "warmup_stable_decay: level steps; blank: what is left", ge=0)
+    warmup_type:_Bend|None = _opt(None, "warmup_stable_decay: shape of the rise; blank: linear")
+    decay_type:_Bend|None = _opt(None, "warmup_stable_decay: shape of the fall; blank: cosine")
+    min_lr_ratio:float|None = _opt(None, "warmup_stable_decay: fraction of the peak at both ends", ge=0, le=1)
+
+OptionTable(CurveArgs)
+
+# %% ../nbs/01_options.ipynb #c0a1f7e3
+class ScheduleArgs(CurveArgs):
+    "Arguments of a schedule: each belongs to some of them"
+    pct_start:float|None = _opt(None, "one_cycle: part of the run in which the rate rises; blank: the warmup", gt=0, lt=1)
+    div_factor:float|None = _opt(None, "one_cycle: as `lr_div_factor`", ge=1)
+    final_div_factor:float|None = _opt(None, "one_cycle: the last rate is the first divided by this; blank: 10000", ge=1)
+    anneal_strategy:Literal["cos","linear"]|None = _opt(None, "one_cycle: shape of rise and fall; blank: cos")
+    three_phase:bool|None = _opt(None, "one_cycle: fall to the first rate as slowly as the rise was, then to the last")
+    mode:Literal["min","max"]|None = _opt(None, "reduce_lr_on_plateau, greedy: whether less or more of the metric is better; blank: min")
+    factor:float|None = _opt(None, "reduce_lr_on_plateau, greedy: what the rate is multiplied with; blank: 0.1 and 0.95", gt=0, lt=1)
+    patience:int|None = _opt(None, "reduce_lr_on_plateau, greedy: evaluations to wait; blank: 10", ge=0)
+    threshold:float|None = _opt(None, "reduce_lr_on_plateau, greedy: smaller changes don't count", ge=0)
+    threshold_mode:Literal["rel","abs"]|None = _opt(None, "reduce_lr_on_plateau, greedy: whether that is a fraction of the metric")
+    cooldown:int|None = _opt(None, "reduce_lr_on_plateau, greedy: evaluations to wait after a change", ge=0)
+    eps:float|None = _opt(None, "reduce_lr_on_plateau, greedy: smaller changes of the rate are not made", ge=0)
+    max_lr:float|None = _opt(None, "greedy: highest learning rate; blank: `learning_rate`", gt=0)
+    warmup:int|None = _opt(None, "greedy: evaluations to wait after a rise", ge=0)
+    smooth:bool|None = _opt(None, "greedy: look at a mean of the metric")
+    window_size:int|None = _opt(None, "greedy: evaluations in that mean; blank: 50", gt=0)
+    reset_start:int|None = _opt(None, "greedy: evaluations at the lowest rate before it begins anew; blank: 500", gt=0)
+
+OptionTable(ScheduleArgs)
 
 # %% ../nbs/01_options.ipynb #6be2d066
 class LearningRateGroup(Options):
     "Modules with a learning rate of their own"
     name:str = Field(description="name of the group, for the log")
-    modules:list[str] = Field(description="names of modules, or parts of them", min_length=1)
+    modules:list[str] = Field(description="names of parameters, or parts of them, as regular expressions: a parameter goes to the first group that finds it", min_length=1)
     lr:float = Field(description="peak learning rate", gt=0)
 
 class ScheduleOptions(Options):
     "More about optimizers and schedules"
-    optim_args:dict|str|None = _opt(None, "more arguments of the optimizer: a block, or `key=value,key=value`")
-    optim_target_modules:list[str]|Literal["all_linear"]|None = _opt(None, "layers that GaLore or APOLLO projects")
+    optim_args:dict|str|None = _opt(None, "more arguments of the optimizer, by the names that its class gives them: a block, or `key=value,key=value`")
+    optim_target_modules:list[str]|Literal["all_linear"]|None = _opt(None, "linear layers whose gradients GaLore or APOLLO projects: parts of their names, as regular expressions, or `all_linear`")
     torchdistx_path:str|None = _opt(None, "where torchdistx lies, for `adamw_anyprecision`")
-    embedding_lr:float|None = _opt(None, "learning rate of the embeddings", gt=0)
+    embedding_lr:float|None = _opt(None, "learning rate of the embeddings and the output layer, which then have no weight decay", gt=0)
     embedding_lr_scale:float|None = _opt(None, "the same as a multiple of `learning_rate`", gt=0)
     loraplus_lr_ratio:float|None = _opt(None, "LoRA+: how much faster B learns than A, such as 16 (arXiv 2402.12354)", gt=0)
     loraplus_lr_embedding:float = _opt(1e-6, "LoRA+: learning rate of adapters on embeddings", gt=0)
     lr_groups:list[LearningRateGroup]|None = _opt(None, "modules with learning rates of their own")
-    lr_scheduler_kwargs:dict|None = _opt(None, "more arguments of the schedule")
+    lr_scheduler_kwargs:ScheduleArgs|None = _opt(None, "more arguments of the schedule")
     lr_quadratic_warmup:bool = _opt(False, "warm up with the square of the step")
-    cosine_min_lr_ratio:float|None = _opt(None, "cosine falls to this fraction of the peak, instead of to 0", ge=0, le=1)
+    cosine_min_lr_ratio:float|None = _opt(None, "cosine and rex fall to this fraction of the peak, instead of to 0", ge=0, le=1)
     cosine_constant_lr_ratio:float|None = _opt(None, "fraction of the steps after which the rate stays there", gt=0, le=1)
-    lr_div_factor:float|None = _opt(None, "one_cycle: the first rate is the peak divided by this", gt=0)
+    lr_div_factor:float|None = _opt(None, "one_cycle: the first rate is the peak divided by this; blank: 25", gt=0)
     neftune_noise_alpha:float|None = _opt(None, "noise on the embeddings (NEFTune, arXiv 2310.05914)", gt=0)
 
 OptionTable(ScheduleOptions)

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from .adapters import add_adapter, check_new_tokens
@@ -25,8 +26,9 @@ from .dataset import Prepared, prepare_data
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval
 from .inspect import show_samples
 from .models import best_device, choose_precision, load_model
-from .optim import optimizer_name, schedule
+from .optim import make_optimizer, make_scheduler, optimizer_name
 from .packing import Collator, PackPlan, RunPlan, count_steps, plan_evaluation, plan_training, sample_lengths
+from .schedules import LearningOptions
 from .tokens import IGNORE, load_tokenizer
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
@@ -100,22 +102,29 @@ class ForgeTrainer(ResumableTrainer):
         args:TrainingArguments, # from `training_arguments`
         data:Prepared, # train and valid
         plans:list[PackPlan], # one for each epoch
-        lr_factor, # step -> factor of the learning rate
+        opts:LearningOptions, # optimizer and schedule
         collator:Collator, # for training
         eval_loader:DataLoader|None=None, # batches to evaluate on
         **kwargs, # of ResumableTrainer
     ):
-        self.plans,self.lr_factor,self.eval_loader = plans,lr_factor,eval_loader
+        self.plans,self.opts,self.eval_loader = plans,opts,eval_loader
         super().__init__(model, args, data_collator=collator, train_dataset=data.train, eval_dataset=data.valid,
             compute_loss_func=causal_loss, **kwargs)
     def get_train_dataloader(self): return PlanLoader(self.train_dataset, self.plans, self.data_collator, self.args.process_index, self.start)
+    def create_optimizer(self, model=None):
+        if self.optimizer is None: self.optimizer = make_optimizer(self.model if model is None else model, self.opts, self.args.max_steps)
+        return self.optimizer
     def create_scheduler(self, num_training_steps:int, optimizer=None):
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.lr_factor)
+        self.lr_scheduler = make_scheduler(optimizer or self.optimizer, self.opts, num_training_steps)
         return self.lr_scheduler
+    def _use_averages(self): # schedule-free optimizers evaluate and save other weights than they train; the next step switches back
+        if isinstance(self.optimizer, AcceleratedOptimizer): self.optimizer.eval()
     def save_model(self, output_dir=None, _internal_call=False):
+        self._use_averages()
         super().save_model(output_dir, _internal_call)
         (Path(output_dir or self.args.output_dir)/"training_args.bin").unlink(missing_ok=True) # a pickle; run.json says it all
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        self._use_averages()
         metrics = {f"{metric_key_prefix}_{k}": v for k,v in mean_loss(self.model, self.eval_loader, self.accelerator).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -229,7 +238,7 @@ def make_trainer(
     if data.valid is not None:
         plan = plan_evaluation(sample_lengths(data.valid), cfg, eval_length(cfg), world)
         eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity), eval_length(cfg)), rank)
-    trainer = ForgeTrainer(model, args, data, plans, schedule(cfg, steps), collate(cfg.sample_packing or flat, cfg.sequence_len), eval_loader, processing_class=tokenizer,
+    trainer = ForgeTrainer(model, args, data, plans, cfg, collate(cfg.sample_packing or flat, cfg.sequence_len), eval_loader, processing_class=tokenizer,
         facts=run_facts(cfg, data, plans, steps), keep=cfg.save_total_limit, save_first=cfg.save_first_step,
         callbacks=[LiveProgress(run.step_tokens.tolist()), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
@@ -253,7 +262,7 @@ def train(
     allow_drift:bool=False, # go on from a checkpoint though config or data have changed
 ) -> Run: # what came of it
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
-    optimizer_name(cfg),schedule(cfg, 1) # better refused now than after the data are prepared
+    optimizer_name(cfg) # better refused now than after the data are prepared
     tokenizer = load_tokenizer(cfg)
     data = prepare_data(cfg, tokenizer)
     if cfg.debug: show_samples(data.train, tokenizer)
