@@ -422,7 +422,7 @@ def config(data, out, **kw):
     return load_config(dict(base_model="tiny:llama", datasets=[dict(path=str(data), type="alpaca")], dataset_prepared_path=str(data.parent/"prepared"), output_dir=str(out), sequence_len=256, learning_rate=1e-3, save_strategy="no", logging_steps=1, micro_batch_size=4, max_steps=6) | kw)
 
 
-RUNS = [dict(optimizer="muon"), dict(optimizer="lomo"), dict(optimizer="galore_adamw_layerwise", optim_target_modules="all_linear", optim_args=dict(rank=8)), dict(optimizer="schedule_free_adamw", val_set_size=8, eval_steps=2), dict(optimizer="ao_adamw_8bit", lr_scheduler="rex"),
+RUNS = [dict(optimizer="muon"), dict(optimizer="lomo"), dict(optimizer="galore_adamw_layerwise", optim_target_modules="all_linear", optim_args=dict(rank=8)), dict(optimizer="schedule_free_adamw", val_set_size=8, eval_steps=2), pytest.param(dict(optimizer="ao_adamw_8bit", lr_scheduler="rex"), marks=pytest.mark.skipif(not find_spec("torchao"), reason="torchao is not installed")), dict(lr_scheduler="rex"),
     dict(optimizer="lion_pytorch", adapter="lora", lora_target_linear=True, loraplus_lr_ratio=8, jagged_restart_steps=4, jagged_restart_warmup_steps=1), dict(lr_scheduler="greedy", val_set_size=8, eval_steps=1), dict(lr_groups=[dict(name="mlp", modules=["mlp"], lr=1e-4)])]
 
 
