@@ -132,7 +132,7 @@ def test_nothing_before_the_position_is_looked_at(data):
         def bin(self, i):
             asked.append(int(i))
             return super().bin(i)
-    plans = [Counted(**vars(p)) for p in plan_epochs([5]*400, 16, 2, 1, 2, n_epochs=3)]
+    plans = [Counted(**vars(plan_epoch([5]*400, 16, 2, 1, 2, epoch=e))) for e in range(3)]
     ds = Dataset.from_dict(dict(input_ids=[[i]*5 for i in range(400)], labels=[[i]*5 for i in range(400)]))
     steps = plans[0].steps
     batches = lambda start, epoch: [b["input_ids"].tolist() for b in loader(start, epoch)]
@@ -153,7 +153,7 @@ def test_a_loader_draws_no_random_numbers(data):
     ds = Dataset.from_dict(dict(input_ids=[[1, 2]]*4, labels=[[1, 2]]*4))
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    list(PlanLoader(ds, plan_epochs([2]*4, 8), Collator(0, True)))
+    list(PlanLoader(ds, [plan_epoch([2]*4, 8)], Collator(0, True)))
     assert torch.equal(before, torch.get_rng_state())
 
 
