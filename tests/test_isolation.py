@@ -70,7 +70,10 @@ def test_window_is_kept():
     assert (a(input_ids=ids).logits-b(input_ids=ids).logits).abs().max()>1e-2
 
 
-@pytest.mark.parametrize("name", REFUSED)
+HEAVY = ("bamba", "falcon_h1", "granitemoehybrid") # their plain kernels take half a minute
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in HEAVY else n for n in REFUSED])
 def test_refused_with_the_reason(name):
     model = load_model(ModelOptions(base_model=f"tiny:{name}"))
     with pytest.raises(LeakError, match=REFUSED[name]): check_isolation(model, tok)
