@@ -113,8 +113,12 @@ class ForgeTrainer(ResumableTrainer):
         super().__init__(model, args, data_collator=collator, train_dataset=data.train, eval_dataset=data.valid,
             compute_loss_func=causal_loss, **kwargs)
     def get_train_dataloader(self): return PlanLoader(self.train_dataset, self.plans, self.data_collator, self.args.process_index, self.start)
+    @property
+    def hooks(self): return [c for c in self.callback_handler.callbacks if isinstance(c, TrainHook)]
     def create_optimizer(self, model=None):
-        if self.optimizer is None: self.optimizer = make_optimizer(self.model if model is None else model, self.opts, self.args.max_steps)
+        if self.optimizer is not None: return self.optimizer
+        self.optimizer = make_optimizer(self.model if model is None else model, self.opts, self.args.max_steps)
+        for h in self.hooks: h.optimizer_made(self.optimizer)
         return self.optimizer
     def create_scheduler(self, num_training_steps:int, optimizer=None):
         self.lr_scheduler = make_scheduler(optimizer or self.optimizer, self.opts, num_training_steps)
@@ -126,13 +130,6 @@ class ForgeTrainer(ResumableTrainer):
         super().save_model(output_dir, _internal_call)
         (Path(output_dir or self.args.output_dir)/"training_args.bin").unlink(missing_ok=True) # a pickle; run.json says it all
         for h in self.hooks if self.args.should_save else []: h.save(Path(output_dir or self.args.output_dir), not _internal_call)
-    @property
-    def hooks(self): return [c for c in self.callback_handler.callbacks if isinstance(c, TrainHook)]
-    def create_optimizer(self, model=None):
-        new = self.optimizer is None
-        super().create_optimizer(model)
-        for h in self.hooks if new else []: h.optimizer_made(self.optimizer)
-        return self.optimizer
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for h in self.hooks: h.load(Path(resume_from_checkpoint))
@@ -288,7 +285,7 @@ def train(
     hooks = training_hooks(cfg, model)
     show_trainable(Trainable(model, hooks))
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *cfg.datasets) for t in o.eot_tokens or []])
-    trainer = make_trainer(cfg, model, tokenizer, data, callbacks, isolation)
+    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *callbacks], isolation)
     result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
     return save_run(cfg, trainer, data, result)
 
