@@ -423,6 +423,43 @@ def test_neftune_is_transformers_where_rows_are_alone(data, tmp_path):
     assert a!=b and all(math.isfinite(x) for x in b)
 
 
+def test_skipped_positions():
+    "Rising, from 0, in range, cut where they may be; each piece's move is drawn evenly, whatever the batch"
+    from tuneforge.pose import PoseCollator, skip_positions
+    @settings(max_examples=100, deadline=None)
+    @given(st.lists(st.integers(0, 9), min_size=0, max_size=30), st.integers(30, 90), st.integers(0, 5), st.integers(2, 6), st.one_of(st.none(), st.lists(st.integers(0, 9), min_size=1, max_size=3)))
+    def check(ids, longest, seed, chunks, split):
+        p = skip_positions(np.array(ids, dtype=np.int64), longest, seed, chunks, split)
+        assert len(p)==len(ids) and p.tolist()==sorted(set(p.tolist())) and all(0<=i<longest for i in p) and p[:1].tolist() in ([], [0])
+        cuts = [i for i in range(1, len(p)) if p[i]-p[i-1]>1]
+        assert all(ids[i-1] in split for i in cuts) if split else len(cuts)<chunks
+        assert p.tolist()==skip_positions(np.array(ids, dtype=np.int64), longest, seed, chunks, split).tolist()
+    check()
+    ends = [int(skip_positions(np.arange(10), 20, seed)[-1]) for seed in range(5500)]
+    assert set(ends)==set(range(9, 20)) and all(abs(ends.count(e)-500)<110 for e in range(9, 20)) # 5 standard deviations
+    rows = [dict(input_ids=[np.arange(3, n)], labels=[np.arange(3, n)]) for n in (20, 9, 14)]
+    collate = PoseCollator(Collator(0, False), OldPackingOptions(pose_max_context_len=50), 1)
+    together, alone = collate(rows), [collate([r]) for r in rows]
+    for i, one in enumerate(alone): assert torch.equal(together["position_ids"][i, :one["position_ids"].shape[1]], one["position_ids"][0])
+
+
+def test_runs_with_skipped_positions(data, tmp_path):
+    "The model sees the skips, in training alone; the run goes on exactly; short models are refused"
+    from transformers import TrainerCallback
+    seen = []
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kw):
+            model.register_forward_pre_hook(lambda m, a, k: seen.append((m.training, k.get("position_ids"), k["attention_mask"])), with_kwargs=True)
+    o = dict(use_pose=True, pose_max_context_len=400, max_steps=6, save_strategy="steps", save_steps=3, val_set_size=0.2, eval_strategy="no", neftune_noise_alpha=1)
+    whole = train(config(data, tmp_path/"a", **o), [Watch()])
+    assert {t for t, p, _ in seen if p is not None}=={True} and all(p is None for t, p, _ in seen if not t)
+    jumps = [int((p[0].diff()>1).sum()) for t, p, m in seen if t]
+    assert all(p.max()<400 for t, p, _ in seen if t) and max(jumps)==1 and max(int(p.max()) for t, p, _ in seen if t)>256
+    resumed = train(config(data, tmp_path/"b", resume_from_checkpoint=str(tmp_path/"a"/"checkpoint-3"), **o))
+    assert losses(resumed)[3:]==losses(whole)[3:] and same(tensors(tmp_path/"a"), tensors(tmp_path/"b"))
+    with pytest.raises(UserError, match="beyond the [0-9,]+ positions"): train(config(data, tmp_path/"c", use_pose=True, pose_max_context_len=10**6, max_steps=1))
+
+
 def test_jagged_restarts_without_an_adapter(data, tmp_path):
     r = train(config(data, tmp_path, max_steps=8, jagged_restart_steps=4, jagged_restart_warmup_steps=1, jagged_restart_anneal_steps=1))
     rates = [h["learning_rate"]/5e-3 for h in r.history if "learning_rate" in h]

@@ -84,6 +84,7 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "adapter_gets_along": (dict(adapter="lora", lora_target_linear=True, flash_attn_fuse_mlp=True), "joins the layers", dict(flash_attn_fuse_mlp=True)),
     "restarts_get_along": (dict(adapter="lora", lora_target_linear=True, relora_steps=12, deepspeed="z.json"), "spread over devices", dict(adapter="lora", lora_target_linear=True, relora_steps=12)),
     "adapter_begins": (dict(adapter="lora", lora_target_linear=True, peft_init_lora_weights="pisa"), "unknown `peft_init_lora_weights: pisa`", dict(adapter="lora", lora_target_linear=True, peft_init_lora_weights="pissa_niter_4")),
+    "positions_are_skipped": (dict(use_pose=True), "needs `pose_max_context_len`", dict(use_pose=True, sequence_len=100, pose_max_context_len=200)),
     "rows_are_views": (dict(unfrozen_parameters=["a[3:]"], fp16=True), "names rows", dict(unfrozen_parameters=["a"], fp16=True, optimizer="galore_adamw", optim_target_modules=["b"])),
     "frozen_inputs_need_a_gradient": (dict(unfrozen_parameters=["a"], gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True)), "must not be reentrant", dict(unfrozen_parameters=["a"], gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False))),
     "remote_code_is_pinned": (dict(trust_remote_code=True, revision_of_model="main"), "pin it", dict(trust_remote_code=True, revision_of_model="0"*40)),
@@ -125,7 +126,8 @@ ALSO = [ # further branches of the same rules
     *[(dict(adapter="lora", lora_target_linear=True) | kw, m) for kw, m in ((dict(peft_init_lora_weights="eva"), "looks at data"), (dict(peft_init_lora_weights="loftq"), "needs its settings"),
         (dict(peft_init_lora_weights="pissa", peft=dict(loftq_config={})), "both say how"), (dict(load_in_4bit=True, peft=dict(loftq_config={})), "quantises the base itself"),
         (dict(load_in_8bit=True, peft_init_lora_weights="olora"), "must not be quantised"), (dict(peft_use_dora=True, peft_init_lora_weights="pissa"), "length of the base's columns"),
-        (dict(peft_init_lora_weights="orthogonal", lora_r=3), "even rank"))], (dict(adapter="lora", lora_target_linear=True, lisa_n_layers=2), "trains weights of the base")]
+        (dict(peft_init_lora_weights="orthogonal", lora_r=3), "even rank"))], (dict(adapter="lora", lora_target_linear=True, lisa_n_layers=2), "trains weights of the base"),
+    (dict(use_pose=True, pose_max_context_len=5), "leaves nothing to skip"), (dict(use_pose=True, pose_max_context_len=9999, sample_packing=True), "gives a row its own positions"), (dict(unfrozen_parameters=["a[3:]"], optimizer="adalomo"), "names rows")]
 
 
 def test_every_rule_has_a_case(): assert set(RULES)-{"one_of", "needs"}==set(CASES)

@@ -42,6 +42,7 @@ from .trainable import *
 from .partial import *
 from .relora import *
 from .methods import *
+from .pose import *
 from .schedules import *
 from .optim import *
 from .callbacks import *

@@ -20,10 +20,10 @@ from .trainable import TrainHook
 def _lengths_at(input_ids, attention_mask=None, position_ids=None):
     "Length of the sample that each token belongs to: (rows, length)"
     rows,n = input_ids.shape
+    if attention_mask is not None and attention_mask.dim()==2: return attention_mask.sum(1, keepdim=True).clamp(min=1).expand(rows, n)
     if position_ids is not None: # they begin anew with each sample
         sample = (position_ids.expand(rows, n)==0).long().cumsum(1)+torch.arange(rows, device=input_ids.device)[:,None]*(n+1)
         return torch.bincount(sample.flatten())[sample]
-    if attention_mask is not None and attention_mask.dim()==2: return attention_mask.sum(1, keepdim=True).clamp(min=1).expand(rows, n)
     return torch.full_like(input_ids, n)
 
 class Neftune(TrainHook):

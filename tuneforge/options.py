@@ -100,7 +100,7 @@ NOT_YET = _table(
 # %% ../nbs/01_options.ipynb #1c3773a1
 NOT_YET |= _table(
     packing=("auto_find_batch_size pretraining_sample_concatenation "
-        "pretrain_multipack_buffer_size streaming_multipack_buffer_size pretrain_multipack_attn=False use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks", "remove it, or use `sample_packing: true`"),
+        "pretrain_multipack_buffer_size streaming_multipack_buffer_size pretrain_multipack_attn=False", "remove it, or use `sample_packing: true`"),
     adapters=("adapter=llama-adapter peft_adapter", "use `adapter: lora`, or train all weights"),
     early=("profiler_steps profiler_steps_start", "remove it: it changes nothing about the result"),
     run=("save_strategy=best hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size do_causal_lm_eval eval_causal_lm_metrics "
@@ -488,9 +488,9 @@ class OldPackingOptions(Options):
     streaming_multipack_buffer_size:int = _opt(10_000, "samples of a stream among which rows are packed", gt=0)
     pretrain_multipack_attn:bool = _opt(True, "isolate the texts in a packed row of a stream")
     use_pose:bool|None = _opt(None, "skip positions at random, to train for longer contexts (PoSE, arXiv 2309.10400)")
-    pose_split_on_token_ids:list[int]|None = _opt(None, "tokens at which positions may be skipped")
-    pose_max_context_len:int|None = _opt(None, "context to train for", gt=0)
-    pose_num_chunks:int|None = _opt(None, "pieces between which positions are skipped", gt=1)
+    pose_split_on_token_ids:list[int]|None = _opt(None, "tokens behind which positions are skipped, in place of drawn ones")
+    pose_max_context_len:int|None = _opt(None, "context to train for; over `sequence_len`", gt=0)
+    pose_num_chunks:int|None = _opt(None, "pieces between which positions are skipped; blank: 2", gt=1)
 
 OptionTable(OldPackingOptions)
 

@@ -70,7 +70,7 @@ def in_yaml(
 
 # %% ../nbs/02_rules.ipynb #75f7310f
 ONE_OF = ["batch_size gradient_accumulation_steps", "warmup_ratio warmup_steps", "saves_per_epoch save_steps", "evals_per_epoch eval_steps", "test_datasets val_set_size", "embedding_lr embedding_lr_scale",
-    "max_memory gpu_memory_limit", "unfrozen_parameters lisa_n_layers spectrum_top_fraction", "relora_steps jagged_restart_steps", "deepspeed fsdp", "rl reward_model", "lr_groups loraplus_lr_ratio", "sample_packing batch_flattening", "datasets pretraining_dataset", "load_in_8bit load_in_4bit gptq",
+    "max_memory gpu_memory_limit", "unfrozen_parameters lisa_n_layers spectrum_top_fraction", "relora_steps jagged_restart_steps", "pose_split_on_token_ids pose_num_chunks", "deepspeed fsdp", "rl reward_model", "lr_groups loraplus_lr_ratio", "sample_packing batch_flattening", "datasets pretraining_dataset", "load_in_8bit load_in_4bit gptq",
     "cut_cross_entropy chunked_cross_entropy liger_cross_entropy liger_fused_linear_cross_entropy", "flash_attn_cross_entropy unsloth_cross_entropy_loss", "fp16 bfloat16 float16 float32 bf16",
     "attn_implementation flash_attention sdp_attention eager_attention flex_attention xformers_attention s2_attention"]
 "Keys of which only one can be meant"
@@ -402,6 +402,14 @@ def _rows_are_views(cfg):
     whole = next((f"optimizer: {cfg.optimizer}" for o in ("galore","apollo","lomo","grokadamw") if o in cfg.optimizer), None)
     for k in [*(k for k in ("fp16","fsdp","deepspeed") if getattr(cfg, k)), *[whole]*bool(whole)]:
         yield "unfrozen_parameters", f"`{ranges[0]}` names rows, which the optimizer gets apart from their tensor: that does not go with `{k}`"
+
+@rule
+def _positions_are_skipped(cfg):
+    if not cfg.use_pose: return
+    if not cfg.pose_max_context_len: yield "use_pose", "`use_pose` needs `pose_max_context_len`: the context to train for"
+    elif cfg.pose_max_context_len<=cfg.sequence_len: yield "pose_max_context_len", f"`pose_max_context_len: {cfg.pose_max_context_len}` leaves nothing to skip: it must be over `sequence_len: {cfg.sequence_len}`"
+    for k in ("sample_packing","batch_flattening"):
+        if getattr(cfg, k): yield k, f"`use_pose` gives a row its own positions, and `{k}` uses positions to tell samples apart: remove one of them"
 
 @rule
 def _restarts_get_along(cfg):

@@ -29,6 +29,7 @@ from .methods import training_hooks
 from .models import best_device, choose_precision, load_model
 from .optim import make_optimizer, make_scheduler, optimizer_name
 from .packing import Collator, PackPlan, RunPlan, count_steps, plan_evaluation, plan_training, sample_lengths
+from .pose import PoseCollator, check_pose
 from .schedules import LearningOptions
 from .tokens import IGNORE, load_tokenizer
 from .trainable import Trainable, TrainHook, show_trainable
@@ -248,7 +249,8 @@ def make_trainer(
     if data.valid is not None:
         plan = plan_evaluation(sample_lengths(data.valid), cfg, eval_length(cfg), world)
         eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity), eval_length(cfg)), rank)
-    trainer = ForgeTrainer(model, args, data, plans, cfg, collate(cfg.sample_packing or flat, cfg.sequence_len), eval_loader, processing_class=tokenizer,
+    collator = collate(cfg.sample_packing or flat, cfg.sequence_len)
+    trainer = ForgeTrainer(model, args, data, plans, cfg, PoseCollator(collator, cfg, cfg.seed) if cfg.use_pose else collator, eval_loader, processing_class=tokenizer,
         facts=run_facts(cfg, data, plans, steps), keep=cfg.save_total_limit, save_first=cfg.save_first_step,
         callbacks=[LiveProgress(run.step_tokens.tolist()), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
@@ -281,6 +283,7 @@ def train(
     model = load_model(cfg, tokenizer)
     set_attention(model, cfg)
     isolation = prove_isolation(cfg, model, tokenizer)
+    if cfg.use_pose: check_pose(model, cfg, isolation.positions)
     if cfg.adapter: model = add_adapter(model, cfg)
     hooks = training_hooks(cfg, model)
     show_trainable(Trainable(model, hooks))
