@@ -7,7 +7,7 @@ Docs: https://tuneforge.github.io/tuneforge/adapters.html.md"""
 # %% auto #0
 __all__ = ['BASE_FILE', 'CHANGES_BASE', 'linear_layers', 'check_targets', 'lora_config', 'check_new_tokens', 'adapted_layers',
            'read_weight', 'write_weight', 'save_base', 'load_base', 'loftq', 'add_adapter', 'adapter_folder', 'misfits',
-           'load_adapter', 'first_factors', 'make_plain', 'unshare', 'lora_rates']
+           'load_adapter', 'first_factors', 'make_plain', 'unshare']
 
 # %% ../nbs/22_adapters.ipynb #f7ba2c26
 import json,re
@@ -362,14 +362,3 @@ def unshare(
             if p.data_ptr() in seen: setattr(module, name, torch.nn.Parameter(p.data.clone(), requires_grad=p.requires_grad))
             seen.add(p.data_ptr())
     return model
-
-# %% ../nbs/22_adapters.ipynb #7b952020
-def lora_rates(
-    model, # with an adapter
-    learning_rate:float, # of A, and of other matrices
-    ratio:float, # how much faster B learns, and vectors, as in the authors' code
-    embedding_rate:float=1e-6, # of adapters on embeddings
-) -> dict[str,float]: # name of a trained parameter -> learning rate
-    "LoRA+: a learning rate for each trained parameter"
-    rate = lambda n,p: embedding_rate if "lora_embedding_" in n else learning_rate*ratio if ".lora_B." in n or p.dim()==1 else learning_rate
-    return {n: rate(n, p) for n,p in model.named_parameters() if p.requires_grad}

@@ -395,6 +395,7 @@ def _adapter_begins(cfg):
     if cfg.peft_use_dora and (changes or cfg.peft): yield "peft_use_dora", "DoRA keeps the length of the base's columns, which this beginning changes: remove one of them"
     if init=="orthogonal" and cfg.lora_r%2: yield "lora_r", f"`peft_init_lora_weights: orthogonal` needs an even rank, not {cfg.lora_r}"
 
+# %% ../nbs/02_rules.ipynb #18a14c68
 @rule
 def _rows_are_views(cfg):
     ranges = [p for p in cfg.unfrozen_parameters or [] if re.search(r"\[\d*:?\d*\]$", p)]
@@ -411,6 +412,7 @@ def _positions_are_skipped(cfg):
     for k in ("sample_packing","batch_flattening"):
         if getattr(cfg, k): yield k, f"`use_pose` gives a row its own positions, and `{k}` uses positions to tell samples apart: remove one of them"
 
+# %% ../nbs/02_rules.ipynb #18a14c69
 @rule
 def _restarts_get_along(cfg):
     if not (cfg.relora or cfg.relora_steps): return
