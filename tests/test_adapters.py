@@ -238,6 +238,31 @@ def test_rows_outside_never_move(name):
         assert torch.allclose(one.weight[inside], two.weight[inside], atol=1e-6)
 
 
+def test_rows_outside_never_move_with_any_optimizer():
+    "All that run here and that the rules allow, as the trainer builds them: with weight decay"
+    from tuneforge.optim import OPTIMIZERS as ALL
+    rows, ran = ["model.embed_tokens.weight[300:400]", "lm_head.weight[:20]", "lm_head.weight[70]", "model.layers.1.mlp.up_proj.weight[5:9]"], []
+    for name, recipe in ALL.items():
+        if any(o in name for o in ("galore", "apollo", "lomo", "grokadamw")) or recipe.cls.startswith("torchao"): continue # refused, and compiled
+        model = base("untied")
+        hooks = unfreeze(model, rows)
+        try: opt = make_optimizer(model, LearningOptions(optimizer=name, learning_rate=0.01, weight_decay=0.3), 5)
+        except UserError as e: assert "needs" in str(e), e; continue # no library here
+        for h in hooks: h.optimizer_made(opt)
+        if hasattr(opt, "train"): opt.train()
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for i in range(7): # RAdam waits for five
+            ids = torch.randint(300, 400, (2, 12), generator=torch.Generator().manual_seed(i))
+            model(input_ids=ids, labels=ids).loss.backward()
+            for h in hooks: h.on_pre_optimizer_step(None, None, None)
+            opt.step(); opt.zero_grad(); model.zero_grad()
+        moved = {n: (p!=start[n]).reshape(len(p), -1).any(1).nonzero().flatten().tolist() for n, p in model.named_parameters()}
+        assert {n for n, v in moved.items() if v}=={"model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"}, name
+        assert moved["model.layers.1.mlp.up_proj.weight"]==[5, 6, 7, 8] and set(moved["lm_head.weight"])=={*range(20), 70} and set(moved["model.embed_tokens.weight"])<=set(range(300, 400)), name
+        ran.append(name)
+    assert {"adamw_torch_fused", "sgd", "adafactor", "muon"}<=set(ran), ran
+
+
 def test_spectrum_against_numpy():
     "Singular values from the eigenvalues of the Gram matrix, bounds and sums in plain Python"
     g = np.random.default_rng(0)
@@ -316,6 +341,30 @@ def test_one_restart_is_a_merge_by_hand(data, tmp_path):
     assert (tmp_path/"checkpoint-3"/"adapted_base.safetensors").is_file()
     assert all((v==0).all() for k, v in load_file(tmp_path/"checkpoint-3"/"adapter_model.safetensors").items() if "lora_B" in k)
     assert losses(r)[:3]==losses(plain)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_restart_of_a_quantised_base_by_hand(data, tmp_path, bits):
+    "Dequantise, add, quantise, with bitsandbytes' own functions: the same bytes"
+    from bitsandbytes import functional as q
+    kw = {f"load_in_{bits}bit": True}
+    train(config(data, tmp_path/"r", max_steps=6, relora_anneal_steps=0, **(RELORA | dict(relora_steps=3, relora_warmup_steps=0) | kw)))
+    train(config(data, tmp_path/"plain", max_steps=3, **(LORA | kw)))
+    t, saved = load_file(tmp_path/"plain"/"adapter_model.safetensors"), load_file(tmp_path/"r"/"adapted_base.safetensors")
+    start, changed = dict(base(**kw).named_modules()), 0
+    for k in [k for k in saved if k.endswith(":weight")]:
+        n = k.removesuffix(":weight")
+        a, b = (t[f"base_model.model.{n}.lora_{o}.weight"].float() for o in "AB")
+        w = start[n].weight
+        if bits==8:
+            new, scales, _ = q.int8_vectorwise_quant((q.int8_vectorwise_dequant(w.data, w.SCB).float()+2*b@a).half())
+            assert torch.equal(saved[f"{n}:SCB"], scales), n
+        else:
+            s = w.quant_state
+            new, _ = q.quantize_4bit((q.dequantize_4bit(w.data, s).float()+2*b@a).to(s.dtype), blocksize=s.blocksize, quant_type=s.quant_type, compress_statistics=s.nested)
+        assert torch.equal(saved[k].flatten(), new.flatten()), n
+        changed += not torch.equal(new.flatten(), w.data.flatten())
+    assert changed==14
 
 
 @pytest.mark.parametrize("kw", [dict(), dict(relora_prune_method="random"), dict(relora_prune_method="reset", relora_prune_ratio=None, relora_cpu_offload=True), dict(adapter="qlora", load_in_4bit=True), dict(load_in_8bit=True)],

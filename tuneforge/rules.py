@@ -423,7 +423,7 @@ def _restarts_get_along(cfg):
     if cfg.peft_layer_replication: yield "peft_layer_replication", "ReLoRA adds to the base, whose layers `peft_layer_replication` shares between copies"
     if cfg.lora_target_parameters: yield "lora_target_parameters", "ReLoRA merges linear layers, and experts that are kept in one tensor are none: remove `lora_target_parameters`"
     if cfg.peft_init_lora_weights not in (None,True,"gaussian"): yield "peft_init_lora_weights", "ReLoRA begins each adapter with no effect: remove `peft_init_lora_weights`, or say `gaussian`"
-    own = any(o in cfg.optimizer for o in ("schedule_free","grokadamw","lomo","layerwise"))
+    own = any(o in cfg.optimizer for o in ("schedule_free","grokadamw","lomo","layerwise","muon"))
     if own: yield "optimizer", f"`optimizer: {cfg.optimizer}` remembers the old adapter where ReLoRA cannot reach it: use `adamw_torch_fused`"
     packed = any(o in cfg.optimizer for o in ("8bit","4bit","fp8","adafactor","came","ademamix","galore","apollo"))
     if packed and not own and cfg.relora_prune_method!="reset": yield "optimizer", f"`optimizer: {cfg.optimizer}` keeps no number for each weight, so a part of it cannot be forgotten: add `relora_prune_method: reset`"
