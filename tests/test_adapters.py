@@ -341,16 +341,20 @@ def test_one_restart_is_a_merge_by_hand(data, tmp_path):
     assert (tmp_path/"checkpoint-3"/"adapted_base.safetensors").is_file()
     assert all((v==0).all() for k, v in load_file(tmp_path/"checkpoint-3"/"adapter_model.safetensors").items() if "lora_B" in k)
     assert losses(r)[:3]==losses(plain)
+    for state in torch.load(tmp_path/"checkpoint-3"/"optimizer.pt", weights_only=True)["state"].values(): # nine tenths are forgotten, in both averages alike
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        assert (mean!=0).sum()==mean.numel()-round(0.9*mean.numel()) and torch.equal(mean!=0, square!=0) and state["step"]==3
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_one_restart_of_a_quantised_base_by_hand(data, tmp_path, bits):
     "Dequantise, add, quantise, with bitsandbytes' own functions: the same bytes"
     from bitsandbytes import functional as q
-    kw = {f"load_in_{bits}bit": True}
+    kw = {f"load_in_{bits}bit": True, "learning_rate": 0.05}
     train(config(data, tmp_path/"r", max_steps=6, relora_anneal_steps=0, **(RELORA | dict(relora_steps=3, relora_warmup_steps=0) | kw)))
     train(config(data, tmp_path/"plain", max_steps=3, **(LORA | kw)))
     t, saved = load_file(tmp_path/"plain"/"adapter_model.safetensors"), load_file(tmp_path/"r"/"adapted_base.safetensors")
+    kw.pop("learning_rate")
     start, changed = dict(base(**kw).named_modules()), 0
     for k in [k for k in saved if k.endswith(":weight")]:
         n = k.removesuffix(":weight")
