@@ -60,7 +60,7 @@ def options(draw):
     return name, o
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(options())
 def test_saved_loaded_merged_the_same(tmp_path_factory, given_):
     name, o = given_
@@ -76,8 +76,9 @@ def test_saved_loaded_merged_the_same(tmp_path_factory, given_):
         assert json.loads((folder/"adapter_config.json").read_text())["init_lora_weights"] is True
     plain = load_adapter(base(name), folder)
     scale = want.abs().max()
-    assert (logits(plain)-want).abs().max()<=1e-5*scale
-    if not o.get("lora_fan_in_fan_out") or name=="gpt2": assert (logits(plain.merge_and_unload())-want).abs().max()<=2e-5*scale
+    near = 1e-4 if first else 1e-5 # the plain form puts back, in float32, what the first factors took from the base
+    assert (logits(plain)-want).abs().max()<=near*scale
+    if not o.get("lora_fan_in_fan_out") or name=="gpt2": assert (logits(plain.merge_and_unload())-want).abs().max()<=2*near*scale
 
 
 @pytest.mark.parametrize("o", [dict(lora_target_linear=True), dict(lora_target_modules=["q_proj"], lora_target_parameters=["experts.gate_up_proj", "experts.down_proj"])])
