@@ -18,12 +18,12 @@ def options(d, *entries, **kw): return DataOptions(datasets=list(entries), datas
 @given(st.lists(st.tuples(st.text("ab c", min_size=1, max_size=40), st.text("xyz", max_size=60)), min_size=3, max_size=12))
 def test_rows_in_are_rows_out_and_dropped(tmp_path, rows):
     f = write_jsonl(tmp_path/"x.jsonl", [dict(instruction=i, output=o) for i, o in rows])
-    try: data = prepare_data(options(tmp_path, DatasetOptions(path=str(f)), sequence_len=64), TOK)
+    try: data = prepare_data(options(tmp_path, DatasetOptions(path=str(f)), sequence_len=64, dropped_rows_stop=1), TOK)
     except UserError as e:
         assert "nothing is left" in str(e)
         return
     s = data.report.sources[0]
-    assert s.rows_in==len(rows)==s.rows_out+sum(map(len, s.dropped.values()))
+    assert s.rows_in==len(rows)==s.rows_used+sum(s.dropped.values())
     assert s.tokens==sum(len(o) for o in data.train["input_ids"])
     assert s.trained==sum(l!=IGNORE for o in data.train["labels"] for l in o[1:])
     assert all(len(o)<=64 for o in data.train["input_ids"])
@@ -111,7 +111,7 @@ def test_bad_rows_have_file_line_and_field(tmp_path, entry, good, bad, says):
     assert f"{f}:4: {says}" in str(e.value)
     skipped = prepare_data(opts(on_bad_row="skip"), TOK)
     report = skipped.report.sources[0]
-    assert (report.rows_in, report.rows_out, report.dropped)==(3, 2, {"no good": [2]})
+    assert (report.rows_in, report.rows_used, report.dropped)==(3, 2, {"no good": 1})
     assert f"x.jsonl:4: {says}" in str(report.bad) and says in str(skipped.report) and not (skipped.path/"quarantine.jsonl").exists()
     kept = prepare_data(opts(on_bad_row="quarantine"), TOK)
     line = json.loads((kept.path/"quarantine.jsonl").read_text())
@@ -123,8 +123,9 @@ def test_lines_that_are_not_json_can_be_skipped(tmp_path):
     f = tmp_path/"x.jsonl"
     f.write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n[1]\n')
     with pytest.raises(UserError, match="x.jsonl:2:17: this line is not JSON"): prepare_data(options(tmp_path, DatasetOptions(path=str(f))), TOK)
-    data = prepare_data(options(tmp_path, DatasetOptions(path=str(f)), on_bad_row="skip"), TOK)
-    assert data.report.sources[0].dropped=={"no good": [2, 3]} and len(data.train)==1
+    with pytest.raises(UserError, match="2 of 3 rows are lost"): prepare_data(options(tmp_path, DatasetOptions(path=str(f)), on_bad_row="skip"), TOK)
+    data = prepare_data(options(tmp_path, DatasetOptions(path=str(f)), on_bad_row="skip", dropped_rows_stop=0.9), TOK)
+    assert data.report.sources[0].dropped=={"no good": 2} and len(data.train)==1
 
 
 def test_two_files_and_a_json_array_are_told_apart(tmp_path):

@@ -146,9 +146,6 @@ def test_a_gpu_that_is_full_is_said_in_the_same_words(monkeypatch):
 
 # ---- length
 
-TORCH_ROPE = dict(linear=lambda inv, f: inv/f) # others are compared by what they leave as it was
-
-
 def test_linear_scaling_is_what_it_says():
     "Position 4·p of a model scaled by 4 is position p of the plain one"
     a, b = load_model(options()), load_model(options(overrides_of_model_config=dict(rope_scaling=dict(type="linear", factor=4.0))))

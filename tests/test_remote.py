@@ -1,10 +1,11 @@
 "A config from an https address: a real TLS server on loopback, friendly and hostile"
-import hashlib, os, ssl, threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-import pytest, trustme
+import hashlib, os
+from http.server import BaseHTTPRequestHandler
+import pytest
 from tuneforge.config import load_config
 from tuneforge.document import ConfigError, UserError
 from tuneforge.remote import MAX_BYTES, is_private
+from tests.tools import serving
 
 GOOD = "base_model: tiny:llama\ndatasets: [{path: x.jsonl}]\nlearning_rate: 1e-4\n"
 PAGES = {"/c.yml": GOOD, "/sub/mine.yml": "extends: ../c.yml\nseed: 5\n", "/env.yml": GOOD+"output_dir: ${HOME}/x\n", "/page.yml": "<!doctype html><html>", "/big.yml": "# "+"x"*(MAX_BYTES+10), "/typo.yml": GOOD+"sed: 1\n", "/bytes.yml": b"a: \xff"}
@@ -27,19 +28,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     "A server whose certificate this process trusts"
-    ca = trustme.CA()
-    pem = tmp_path_factory.mktemp("ca")/"ca.pem"
-    ca.cert_pem.write_to_path(pem)
-    server, ctx = HTTPServer(("127.0.0.1", 0), Handler), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    ca.issue_cert("127.0.0.1", "localhost").configure_cert(ctx)
-    server.socket = ctx.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    was = os.environ.get("SSL_CERT_FILE")
-    os.environ["SSL_CERT_FILE"] = str(pem)
-    yield f"https://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    os.environ.pop("SSL_CERT_FILE")
-    if was: os.environ["SSL_CERT_FILE"] = was
+    with serving(Handler, tmp_path_factory.mktemp("ca")/"ca.pem") as url: yield url
 
 
 def test_an_address_works_like_a_file(site, caplog):

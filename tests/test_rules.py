@@ -10,7 +10,7 @@ from tuneforge.rules import NEEDS, NOTES, ONE_OF, RULES
 BASE = dict(base_model="x", datasets=[dict(path="y", type="alpaca")], learning_rate=1e-4)
 HAND = dict(datasets=[dict(path="z")], test_datasets=[dict(path="z")], pretraining_dataset=[dict(path="z")], gpu_memory_limit="1GiB", max_memory={0: "1GiB"}, lr_groups=[dict(name="a", modules=["b"], lr=1)],
     bf16=True, fsdp=["full_shard"], warmup_ratio=0.1, val_set_size=0.1, lora_target_modules=["q"], optim_target_modules=["q"], peft_layer_replication=[[0, 2]], special_tokens=dict(pad_token="p"), batch_size=4, lora_dropout=0.1,
-    eval_strategy="epoch", relora_prune_ratio=0.5, adam_beta3=0.5, dpo_label_smoothing=0.1, cosine_min_lr_ratio=0.1, cosine_constant_lr_ratio=0.5, save_steps=2, eval_steps=2, attn_implementation="sdpa", bench_split="test", eval_causal_lm_metrics=["chrf"], lora_rank_pattern=dict(a=2), lora_alpha_pattern=dict(a=2), tokenizer_verify=5, batch_flattening=True)
+    eval_strategy="epoch", relora_prune_ratio=0.5, adam_beta3=0.5, dpo_label_smoothing=0.1, cosine_min_lr_ratio=0.1, cosine_constant_lr_ratio=0.5, save_steps=2, eval_steps=2, attn_implementation="sdpa", bench_split="test", eval_causal_lm_metrics=["chrf"], lora_rank_pattern=dict(a=2), lora_alpha_pattern=dict(a=2), peft=dict(loftq_config={}), relora_prune_method="random", tokenizer_verify=5, batch_flattening=True)
 
 
 def sample(key):
@@ -49,7 +49,7 @@ def ways(condition):
 @pytest.mark.parametrize("condition", NEEDS)
 def test_needs(condition):
     no_effect = lambda k, ms: any(m.startswith(f"`{k}` has no effect without") for m in ms)
-    without = dict(lr_scheduler="constant") if condition.startswith("lr_scheduler") else {}
+    without = dict(lr_scheduler="constant") if condition.startswith("lr_scheduler") else dict(tokenizer_engine="hf") if condition.startswith("tokenizer_engine") else {}
     for k in NEEDS[condition].split():
         assert no_effect(k, said(**without, **{k: sample(k)})), k
         for way in ways(condition):
@@ -66,6 +66,9 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "jinja_has_text": (dict(chat_template="jinja"), "needs `chat_template_jinja`", dict(chat_template="jinja", chat_template_jinja="{{ x }}")),
     "raw_rows_have_no_duplicates": (dict(skip_prepare_dataset=True, dataset_exact_deduplication=True), "cannot be compared", dict(dataset_exact_deduplication=True)),
     "keys_of_the_type": (dict(datasets=[dict(path="y", type="completion", roles_to_train=["user"])]), "`roles_to_train` has no effect with `type: completion`", dict(datasets=[CHAT | dict(roles_to_train=["user"])])),
+    "mixtures_are_whole": (dict(datasets=[dict(path="y", weight=1), dict(path="z")]), "give every dataset a `weight`", dict(datasets=[dict(path="y", weight=1), dict(path="z", weight=2)], mix_by="rows")),
+    "a_part_has_a_number": (dict(dataset_shard_num=3, dataset_shard_idx=3), "the last of 3 parts is 2", dict(dataset_shard_num=3, dataset_shard_idx=0)),
+    "warnings_come_first": (dict(dropped_rows_warn=0.6), "never be said", dict(dropped_rows_stop=0.01)),
     "batch_is_a_multiple": (dict(batch_size=3, micro_batch_size=2), "no multiple", dict(batch_size=4, micro_batch_size=2)),
     "steps_go_with_strategy": (dict(save_strategy="epoch", save_steps=3), "contradicts", dict(save_strategy="steps", save_steps=3)),
     "steps_are_whole": (dict(save_steps=2.5), "neither a number of steps", dict(save_steps=0.25)),
@@ -73,12 +76,16 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "stopping_needs_evaluations": (dict(early_stopping_patience=2, val_set_size=0.1, eval_strategy="no"), "allows none", dict(early_stopping_patience=2, val_set_size=0.1)),
     "packing_gets_along": (dict(sample_packing=True, rl="dpo"), "cannot be packed", dict(rl="dpo")),
     "answers_need_whole_rows": (dict(do_causal_lm_eval=True, val_set_size=0.1, sample_packing=True, eval_sample_packing=True), "from packed rows", dict(do_causal_lm_eval=True, val_set_size=0.1)),
-    "flattening_needs_flash": (dict(batch_flattening=True, micro_batch_size=2), "needs `flash_attention: true`", dict(batch_flattening=True, flash_attention=True, micro_batch_size=2)),
+    "order_is_one": (dict(sample_packing=True, packing="tight", curriculum_sampling=True), "contradict each other", dict(sample_packing=True, curriculum_sampling=True)),
+    "flattening_fills_rows": (dict(batch_flattening=True, micro_batch_size=2, pad_to_sequence_len=True), "undoes `batch_flattening`", dict(batch_flattening=True, micro_batch_size=2)),
     "quantised_base_needs_adapter": (dict(load_in_4bit=True), "needs an adapter", dict(load_in_4bit=True, adapter="qlora", lora_target_linear=True)),
     "adapter_has_targets": (dict(adapter="lora"), "say what to adapt", dict(adapter="lora", lora_target_modules=["q"])),
     "targets_are_a_pattern": (dict(adapter="lora", lora_target_modules="q_proj("), "no regular expression", dict(adapter="lora", lora_target_modules=".*(q|k)_proj")),
     "adapter_gets_along": (dict(adapter="lora", lora_target_linear=True, flash_attn_fuse_mlp=True), "joins the layers", dict(flash_attn_fuse_mlp=True)),
-    "restarts_get_along": (dict(adapter="lora", lora_target_linear=True, relora_steps=10, deepspeed="z.json"), "spread over devices", dict(adapter="lora", lora_target_linear=True, relora_steps=10)),
+    "restarts_get_along": (dict(adapter="lora", lora_target_linear=True, relora_steps=12, deepspeed="z.json"), "spread over devices", dict(adapter="lora", lora_target_linear=True, relora_steps=12)),
+    "adapter_begins": (dict(adapter="lora", lora_target_linear=True, peft_init_lora_weights="pisa"), "unknown `peft_init_lora_weights: pisa`", dict(adapter="lora", lora_target_linear=True, peft_init_lora_weights="pissa_niter_4")),
+    "positions_are_skipped": (dict(use_pose=True), "needs `pose_max_context_len`", dict(use_pose=True, sequence_len=100, pose_max_context_len=200)),
+    "rows_are_views": (dict(unfrozen_parameters=["a[3:]"], fp16=True), "names rows", dict(unfrozen_parameters=["a"], fp16=True, optimizer="galore_adamw", optim_target_modules=["b"])),
     "frozen_inputs_need_a_gradient": (dict(unfrozen_parameters=["a"], gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True)), "must not be reentrant", dict(unfrozen_parameters=["a"], gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False))),
     "remote_code_is_pinned": (dict(trust_remote_code=True, revision_of_model="main"), "pin it", dict(trust_remote_code=True, revision_of_model="0"*40)),
     "weights_are_safetensors": (dict(save_safetensors=False), "only written as safetensors", dict(save_safetensors=True)),
@@ -87,16 +94,41 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "cut_loss_is_half_precision": (dict(cut_cross_entropy=True, float32=True), "remove `float32`", dict(cut_cross_entropy=True)),
     "rows_are_whole": (dict(val_set_size=1.5), "neither a fraction", dict(val_set_size=2)),
     "keys_for_conversations": (dict(eot_tokens=["x"]), "no effect without conversations", dict(eot_tokens=["x"], datasets=[CHAT])),
+    "one_resume": (dict(resume="auto", resume_from_checkpoint="x"), "give only one of `resume`, `resume_from_checkpoint`", dict(resume="auto", auto_resume_from_checkpoints=False)),
+    "arguments_of_the_optimizer": (dict(optim_args="fused"), "`fused` is no `key=value`", dict(optim_args="betas=(0.9, 0.95),fused=true")),
+    "whole_optimizers": (dict(optimizer="apollo_adamw"), "needs `optim_target_modules`", dict(optimizer="apollo_adamw", optim_target_modules="all_linear")),
+    "patterns_of_names": (dict(lr_groups=[dict(name="a", modules=["b", "c("], lr=1)]), "`c(` is no regular expression", dict(lr_groups=[dict(name="a", modules=["b", "c.*"], lr=1)])),
+    "arguments_of_the_schedule": (dict(lr_scheduler_kwargs=dict(power=2)), "`power` has no effect with `lr_scheduler: cosine`, which reads `num_cycles`", dict(lr_scheduler_kwargs=dict(power=2), lr_scheduler="polynomial")),
+    "schedules_of_their_own": (dict(lr_scheduler="greedy"), "follows the evaluations", dict(lr_scheduler="greedy", val_set_size=0.1)),
+    "teeth_have_room": (dict(jagged_restart_steps=11), "take 11 steps, and there are 11", dict(jagged_restart_steps=12)),
     "needs_moments": (dict(optimizer="adafactor", adam_beta1=0.8), "no effect with `optimizer: adafactor`", dict(adam_beta1=0.8)),
 }
+_LR = lambda **kw: dict(lr_scheduler_kwargs=kw)
 ALSO = [ # further branches of the same rules
+    (dict(optim_args=dict(weight_decay=1)), "has a key of its own: `weight_decay`"), (dict(optim_args="lr=1"), "`learning_rate`"), (dict(optimizer="lomo", gradient_accumulation_steps=2), "`gradient_accumulation_steps: 1`"),
+    (dict(optimizer="adalomo", batch_size=4, micro_batch_size=2), "`gradient_accumulation_steps: 1`"), (dict(optimizer="lomo", max_grad_norm=1), "never has all gradients"), (dict(optimizer="lomo", weight_decay=0.1), "treats all parameters alike"),
+    (dict(optimizer="galore_adamw", optim_target_modules=["*"]), "no regular expression"), (dict(lr_scheduler="constant") | _LR(power=2), "takes no arguments"), (dict(lr_scheduler="polynomial") | _LR(lr_end=1e-3), "is not under `learning_rate` 0.0001"),
+    (dict(lr_scheduler="cosine_with_min_lr"), "needs one of `min_lr` and `min_lr_rate`"), (dict(lr_scheduler="cosine_with_min_lr") | _LR(min_lr=1e-6, min_lr_rate=0.1), "needs one of"), (dict(lr_scheduler="one_cycle", lr_div_factor=5) | _LR(div_factor=5), "give one"),
+    (dict(lr_scheduler="one_cycle", warmup_steps=5) | _LR(pct_start=0.3), "give one"), (dict(lr_scheduler="one_cycle") | _LR(pct_start=0.7, three_phase=True), "0.5 or less"), (dict(lr_scheduler="greedy", val_set_size=0.1, eval_strategy="no"), "follows the evaluations"),
+    (dict(optimizer="schedule_free_adamw", lr_scheduler="linear"), "write `lr_scheduler: constant`"), (dict(optimizer="schedule_free_adamw", cosine_min_lr_ratio=0.1), "does without a schedule"), (dict(optimizer="schedule_free_radam", warmup_steps=3), "does without a schedule"),
+    (dict(jagged_restart_steps=99, lr_scheduler="one_cycle"), "cannot be restarted"), (dict(optimizer="lion_8bit", adam_epsilon=1e-6), "no effect with `optimizer: lion_8bit`"),
     (dict(streaming=True, max_steps=5, val_set_size=0.1), "cannot be taken from a stream"), (dict(streaming=True, max_steps=5, dataset_exact_deduplication=True), "searched for duplicates"),
     (dict(streaming=True, max_steps=5, sample_packing=True, datasets=[dict(path="a"), dict(path="b")]), "only one dataset"), (dict(datasets=[CHAT | dict(chat_template="jinja")]), "needs `chat_template_jinja`"),
     (dict(chat_template="chatml", chat_template_jinja="x"), "contradicts"), (dict(datasets=[dict(path="y", type="alpaca", field="x")]), "`type: completion`"), (dict(save_strategy="steps"), "needs `save_steps`"), (dict(save_strategy="no", saves_per_epoch=2), "contradicts"),
-    (dict(save_strategy="best"), "needs `metric_for_best_model`"), (dict(sample_packing=True, s2_attention=True), "shifts tokens"), (dict(sample_packing=True, eval_table_size=5, val_set_size=0.1), "from packed rows"),
-    (dict(adapter="qlora", lora_target_linear=True), "needs `load_in_4bit: true`"), (dict(adapter="lora", lora_target_linear=True, unfrozen_parameters=["a"], peft_layers_to_transform=[1]), "both say what is trained"),
+    (dict(mix_until="all_exhausted"), "`mix_until` has no effect"), (dict(dataset_shard_num=2), "say which of the 2 parts"), (dict(test_datasets=[dict(path="z", weight=1)]), "no effect in `test_datasets`"),
+    (dict(save_strategy="best"), "needs `metric_for_best_model`"), (dict(sample_packing=True, s2_attention=True), "shifts tokens"), (dict(sample_packing=True, group_by_length=True), "all of one length"), (dict(group_by_length=True, curriculum_sampling=True), "contradict"),
+    (dict(sample_packing=True, sample_packing_sequentially=True, sample_packing_group_size=9), "no gap is closed"), (dict(sample_packing=True, packing="tight", sample_packing_group_size=9), "all samples"), (dict(sample_packing=True, eval_table_size=5, val_set_size=0.1), "from packed rows"),
+    (dict(adapter="qlora", lora_target_linear=True), "needs `load_in_4bit: true`"), (dict(adapter="lora", lora_target_linear=True, unfrozen_parameters=["a"]), "trains weights of the base"),
     (dict(adapter="lora", lora_target_parameters=["e"], lora_dropout=0.1), "allows no `lora_dropout`"),
-    (dict(gptq=True), "needs an adapter"), (dict(adapter="qlora", load_in_4bit=True, lora_target_parameters=["e"]), "add `quantize_moe_experts: false`"), (dict(adapter="lora", lora_target_linear=True, relora_steps=9, lr_scheduler="one_cycle"), "restarts the schedule")]
+    (dict(gptq=True), "needs an adapter"), (dict(adapter="qlora", load_in_4bit=True, lora_target_parameters=["e"]), "add `quantize_moe_experts: false`"), (dict(adapter="lora", lora_target_linear=True, relora_steps=12, lr_scheduler="one_cycle"), "cannot be restarted"),
+    *[(dict(adapter="lora", lora_target_linear=True, relora_steps=12) | kw, m) for kw, m in ((dict(peft_use_dora=True), "magnitudes belong to the old one"), (dict(peft_layer_replication=[[0, 2]]), "shares between copies"),
+        (dict(lora_target_parameters=["e"]), "merges linear layers"), (dict(peft_init_lora_weights="pissa"), "begins each adapter with no effect"), (dict(optimizer="adamw_bnb_8bit"), "keeps no number for each weight"), (dict(optimizer="schedule_free_adamw", lr_scheduler="constant"), "remembers the old adapter"), (dict(relora_anneal_steps=2), "take 12 steps"),
+        (dict(relora_prune_method="reset", relora_prune_ratio=0.5), "no effect with `relora_prune_method: reset`"), (dict(relora_steps=None, relora=True), "needs `relora_steps`"))],
+    *[(dict(adapter="lora", lora_target_linear=True) | kw, m) for kw, m in ((dict(peft_init_lora_weights="eva"), "looks at data"), (dict(peft_init_lora_weights="loftq"), "needs its settings"),
+        (dict(peft_init_lora_weights="pissa", peft=dict(loftq_config={})), "both say how"), (dict(load_in_4bit=True, peft=dict(loftq_config={})), "quantises the base itself"),
+        (dict(load_in_8bit=True, peft_init_lora_weights="olora"), "must not be quantised"), (dict(peft_use_dora=True, peft_init_lora_weights="pissa"), "length of the base's columns"),
+        (dict(peft_init_lora_weights="orthogonal", lora_r=3), "even rank"))], (dict(adapter="lora", lora_target_linear=True, lisa_n_layers=2), "trains weights of the base"),
+    (dict(use_pose=True, pose_max_context_len=5), "leaves nothing to skip"), (dict(use_pose=True, pose_max_context_len=9999, sample_packing=True), "gives a row its own positions"), (dict(unfrozen_parameters=["a[3:]"], optimizer="adalomo"), "names rows")]
 
 
 def test_every_rule_has_a_case(): assert set(RULES)-{"one_of", "needs"}==set(CASES)
@@ -114,7 +146,8 @@ def test_branch(fires, says): assert any(says in m for m in said(**fires)), said
 
 
 NOTED = {"evaluations_need_data": (dict(evals_per_epoch=4), "no effect without", dict(evals_per_epoch=4, val_set_size=0.1)), "pushed_when_saved": (dict(hub_model_id="a/b", save_strategy="no"), "once, at the end", dict(hub_model_id="a/b")),
-    "flattening_one_row": (dict(batch_flattening=True, flash_attention=True), "has no effect with `micro_batch_size: 1`", dict(batch_flattening=True, flash_attention=True, micro_batch_size=2)),
+    "shuffled_anyway": (dict(shuffle_before_merging_datasets=True), "has no effect while", dict(shuffle_before_merging_datasets=True, shuffle_merged_datasets=False)),
+    "flattening_one_row": (dict(batch_flattening=True), "has no effect with `micro_batch_size: 1`", dict(batch_flattening=True, micro_batch_size=2)),
     "run_without_a_name": (dict(wandb_project="p", wandb_run_id="r"), "named after", dict(wandb_project="p", wandb_run_id="r", wandb_name="n"))}
 
 

@@ -1,5 +1,7 @@
 "What several tests need: the repository, its notebooks, the command line, small data"
-import json, os, re, subprocess, sys
+import json, os, re, ssl, subprocess, sys, threading
+from contextlib import contextmanager
+from http.server import HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from fastcore.nbio import read_nb
 
@@ -33,3 +35,31 @@ def module_of(nb):
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(r)+"\n" for r in rows), encoding="utf-8")
     return path
+
+
+@contextmanager
+def serving(handler, pem=None):
+    "A server on loopback, with a handler of requests; with `pem`, by https with a certificate that this process trusts"
+    server = (HTTPServer if pem else ThreadingHTTPServer)(("127.0.0.1", 0), handler)
+    was = os.environ.get("SSL_CERT_FILE")
+    if pem:
+        import trustme
+        ca, ctx = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        ca.cert_pem.write_to_path(pem)
+        ca.issue_cert("127.0.0.1", "localhost").configure_cert(ctx)
+        server.socket = ctx.wrap_socket(server.socket, server_side=True)
+        os.environ["SSL_CERT_FILE"] = str(pem)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f"http{'s' if pem else ''}://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        if pem: os.environ.pop("SSL_CERT_FILE")
+        if was: os.environ["SSL_CERT_FILE"] = was
+
+
+def forks(phases, folder, port):
+    "Trainings one after the other, each with its ranks, as forks of one process: what came of each (see tests/forks.py)"
+    (folder/"spec.json").write_text(json.dumps(phases))
+    res = run(sys.executable, "-m", "tests.forks", folder/"spec.json", port, cwd=ROOT, env=dict(PYTHONPATH=str(ROOT)), timeout=3600)
+    assert res.returncode==0, res.stderr[-3000:]
+    return [json.loads(l[6:]) for l in res.stdout.splitlines() if l.startswith("PHASE ")]

@@ -21,7 +21,10 @@ from .options import *
 from .config import *
 from .explain import explain, config_table, json_schema
 from .tiny import *
+from .report import REASONS, DataReport, SourceReport, plot_report
+from .mixing import draw_valid
 from .engines import *
+from .files import *
 from .sources import *
 from .prompts import *
 from .templates import *
@@ -31,9 +34,18 @@ from .dataset import *
 from .packing import *
 from .inspect import *
 from .audit import *
+from .strips import *
+from .precision import *
+from .vocabulary import *
 from .models import *
 from .attention import *
 from .adapters import *
+from .trainable import *
+from .partial import *
+from .relora import *
+from .methods import *
+from .pose import *
+from .schedules import *
 from .optim import *
 from .callbacks import *
 from .checkpoint import *

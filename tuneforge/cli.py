@@ -22,18 +22,23 @@ def preprocess(
     debug_num_examples:int=1, # how many
     debug_text_only:bool=False, # without colours: `[trained]` and not
     check_all_rows:bool=False, # compare the inference prompt of every row with its tokens, not of a hundred rows
+    why_miss:bool=False, # only say whether the data are prepared already, and if not, what has changed since
 ):
     "Tokenise the data of a config, and account for every row"
+    from rich.console import Console
     from tuneforge.dataset import compare_prompts, expand_entries, prepare_data
+    from tuneforge.dataset import why_miss as why
     from tuneforge.inspect import show_samples
     from tuneforge.tokens import load_tokenizer
     tokenizer = load_tokenizer(cfg)
+    if why_miss: return print(why(cfg, tokenizer))
     data = prepare_data(cfg, tokenizer)
     if debug or debug_text_only or cfg.debug: show_samples(data.train, tokenizer, debug_num_examples, cfg.seed, debug_text_only)
     for e in expand_entries(cfg.datasets) if check_all_rows else []:
         n,differ,_ = compare_prompts(e, cfg, tokenizer, None)
         print(f"{e.path}: inference and training differ in {len(differ):,} of {n:,} rows", *differ, sep="\n  ")
-    print(data)
+    if sys.stdout.isatty(): Console().print(data)
+    else: print(data)
 
 # %% ../nbs/60_cli.ipynb #e525bb45
 def preview(
@@ -58,10 +63,11 @@ def preview(
 
 def train(
     cfg, # the run's `Config`
+    allow_drift:bool=False, # go on from a checkpoint though config or data have changed since
 ):
     "Fine-tune: from a config to a folder with a model or an adapter"
     from tuneforge.all import train as run
-    print(run(cfg))
+    print(run(cfg, allow_drift=allow_drift))
 
 # %% ../nbs/60_cli.ipynb #7767546a
 def merge_lora(

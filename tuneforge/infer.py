@@ -11,7 +11,7 @@ __all__ = ['load_finetuned', 'user_row', 'generate', 'ask']
 import json,re
 from pathlib import Path
 import torch
-from .adapters import adapter_folder
+from .adapters import load_adapter
 from .config import Config, CustomFormat, DatasetOptions, UserError
 from .models import finished, load_model
 from .prompts import ALIASES, INSTRUCT, prompt_format, with_defaults
@@ -24,8 +24,7 @@ def load_finetuned(
     "Model and tokenizer that a config trained. Raises `UserError` when it hasn't been trained yet."
     folder,tokenizer = Path(cfg.lora_model_dir or cfg.output_dir),load_tokenizer(cfg)
     if cfg.adapter or cfg.lora_model_dir:
-        from peft import PeftModel
-        model = PeftModel.from_pretrained(load_model(cfg, tokenizer), str(adapter_folder(folder)), torch_device="cpu")
+        model = load_adapter(load_model(cfg, tokenizer), folder)
     elif (folder/"config.json").is_file(): model = load_model(finished(cfg, folder), tokenizer)
     else: raise UserError(f"there is no model in {folder} (`output_dir`): run `tuneforge train` first")
     if (folder/"generation_config.json").is_file(): model.generation_config = type(model.generation_config).from_pretrained(folder)

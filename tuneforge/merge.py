@@ -12,7 +12,7 @@ import json,os,shutil
 from dataclasses import asdict,dataclass
 from pathlib import Path
 import torch
-from .adapters import adapter_folder
+from .adapters import adapter_folder, load_adapter, unshare
 from .checkpoint import write_text
 from .config import Config, UserError
 from .models import load_model, model_config
@@ -50,9 +50,8 @@ def drift(
 
 # %% ../nbs/50_merge.ipynb #6b143123
 def _with_adapter(cfg, folder, tokenizer):
-    from peft import PeftModel
     base = load_model(cfg.model_copy(update=dict(load_in_4bit=False, load_in_8bit=False)), tokenizer)
-    return PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
+    return unshare(load_adapter(base, folder))
 
 def _save(model, tokenizer, folder, out):
     "Write the merged model to `out`"

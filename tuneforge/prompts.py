@@ -6,9 +6,9 @@ Docs: https://tuneforge.github.io/tuneforge/prompts.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'FORMATS', 'LAYOUTS', 'STYLES', 'PREAMBLES', 'INSTRUCT', 'ALIASES', 'LLAMA2_SYSTEM', 'Segment', 'kind', 'need',
-           'PromptFormat', 'register', 'fill', 'Layout', 'Instruct', 'instruct', 'completion', 'input_output', 'speech',
-           'pygmalion', 'llama2_chat', 'custom', 'own_function', 'from_function', 'with_defaults', 'find_format',
-           'prompt_format']
+           'PromptFormat', 'register', 'fill', 'Layout', 'Instruct', 'instruct', 'completion', 'own_tokens_format',
+           'input_output', 'speech', 'pygmalion', 'llama2_chat', 'custom', 'own_function', 'from_function',
+           'with_defaults', 'find_format', 'prompt_format']
 
 # %% ../nbs/11_prompts.ipynb #4ab1e97d
 import importlib,importlib.util,inspect,logging,re,sys
@@ -260,6 +260,15 @@ def completion(
     return _plain("completion", opts.field)
 
 register("pretrain")(lambda opts, tokenizer=None: _plain("pretrain", opts.text_column))
+
+# %% ../nbs/11_prompts.ipynb #7170b18b
+@register("tokens")
+def own_tokens_format(
+    opts:DatasetOptions, # of the entry
+    tokenizer=None, # not needed
+) -> PromptFormat: # without text
+    "Columns `input_ids`, perhaps `labels` and `attention_mask`, taken as they are"
+    return PromptFormat("tokens", dict(input_ids=list), lambda row: [], lambda row: "")
 
 # %% ../nbs/11_prompts.ipynb #baa16688
 @register("input_output")

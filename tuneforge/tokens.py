@@ -6,8 +6,9 @@ Docs: https://tuneforge.github.io/tuneforge/tokens.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'IGNORE', 'PROBE', 'trusted', 'base_tokenizer', 'rename_tokens', 'add_tokens', 'choose_pad', 'load_tokenizer',
-           'bos_ids', 'Sample', 'Batch', 'tokenise', 'is_tokenised', 'own_tokens', 'tokenise_rows', 'by_row',
-           'entry_options', 'encode_rows', 'prompt_ids', 'disagreement', 'golden_prompts', 'check_golden']
+           'bos_ids', 'Sample', 'group_texts', 'Batch', 'tokenise', 'is_tokenised', 'own_tokens', 'cut_up',
+           'tokenise_rows', 'entry_options', 'encode_rows', 'prompt_ids', 'disagreement', 'golden_prompts',
+           'check_golden']
 
 # %% ../nbs/13_tokens.ipynb #e15555ea
 import gc,json,logging,re
@@ -193,6 +194,13 @@ def _groups(samples):
     texts = [segments[a].text if b-a==1 else "".join([s.text for s in segments[a:b]]) for a,b in zip(edges, edges[1:])]
     return _Groups(segments, texts, low, np.cumsum(starts)[np.cumsum([len(o) for o in samples])-1] if segments else np.zeros(len(samples), int))
 
+
+def group_texts(
+    samples:list[list[Segment]], # a batch
+) -> list[str]: # what goes to the tokenizer
+    "The texts that are tokenised"
+    return _groups(samples).texts
+
 # %% ../nbs/13_tokens.ipynb #d5ec0f23
 @dataclass
 class _Placed:
@@ -218,14 +226,14 @@ def _place(enc, bos, n_bos, n_eos, eos, limit):
     return _Placed(ids, counts, whole>n_bos+keep if limit is None else whole>limit, place, source, n_bos)
 
 # %% ../nbs/13_tokens.ipynb #c392b915
-def _owners(starts, ends, edges, opens, flags, low, high):
+def _owners(starts, ends, edges, opens, flags, low, high): # an empty segment has no part in an id that reaches over it
     "Of each id: (its segment, whether it is trained); `low` and `high`: first and last segment of its group"
     first = np.clip(np.searchsorted(edges, starts, side="right"), low, high)
     last,over = first.copy(),np.flatnonzero(ends>edges[first]) # few reach over the edge
     last[over] = np.clip(np.searchsorted(edges, ends[over]-1, side="right"), first[over], high[over])
-    before = np.append(0, np.cumsum(flags)) # trained segments before each
-    train = (before[last+1]>before[first]) & ~opens[first]
-    return np.where(train, np.searchsorted(before, before[first], side="right")-1, first),train # of several, the first that is trained
+    before = np.append(0, np.cumsum(flags & (np.diff(edges, prepend=0)>0))) # trained segments before each
+    train = (flags[first] | (before[last+1]>before[first])) & ~opens[first]
+    return np.where(train & ~flags[first], np.searchsorted(before, before[first], side="right")-1, first),train # of several, the first that is trained
 
 def _spans(placed, enc, sizes):
     "(first byte of each id, place after its last byte) on the axis of the batch; `sizes`: bytes of each group"
@@ -303,16 +311,18 @@ def tokenise(
 # %% ../nbs/13_tokens.ipynb #47e56f17
 def is_tokenised(
     row:dict, # column -> value
-) -> bool: # whatever the `type` says
+    fmt:PromptFormat|None=None, # what the `type` says
+) -> bool: # `input_ids` and `labels` are taken whatever the `type` is
     "Whether a row brings its own tokens"
-    return row.get("input_ids") is not None and row.get("labels") is not None
+    return row.get("input_ids") is not None and (row.get("labels") is not None or fmt is not None and fmt.name=="tokens")
 
 def own_tokens(
-    row:dict, # with `input_ids`, `labels`, perhaps `attention_mask`
+    row:dict, # with `input_ids`, perhaps `labels` (without them, every token is trained) and `attention_mask`
     n_vocab:int, # ids are below it
 ) -> Sample: # without segments
     "A row's own tokens. Raises `UserError` where they are no tokens."
-    columns = [c for c in ("input_ids","labels","attention_mask") if row.get(c) is not None]
+    row = {"labels": row["input_ids"]} | {k: v for k,v in row.items() if v is not None}
+    columns = [c for c in ("input_ids","labels","attention_mask") if c in row]
     values = [need(row[c].tolist() if isinstance(row[c], np.ndarray) else row[c], list, c) for c in columns]
     for c,v in zip(columns, values):
         if len(v)!=len(values[0]): raise UserError(f"{c} has {len(v)} entries, but input_ids has {len(values[0])}")
@@ -332,13 +342,21 @@ def _no_gc():
     finally:
         if on: gc.enable()
 
+def cut_up(
+    starts:np.ndarray, # of extents
+    ends:np.ndarray, # of extents
+    size:int, # of a piece, at most
+) -> tuple: # (starts, ends, number of its extent) of each piece
+    "Cut extents into pieces"
+    n = np.maximum(1, -(-(ends-starts)//size))
+    within = np.arange(int(n.sum()))-np.repeat(np.cumsum(n)-n, n)
+    begin = np.repeat(starts, n)+within*size
+    return begin,np.minimum(begin+size, np.repeat(ends, n)),np.repeat(np.arange(len(ends)), n)
+
 def _chunked(batch, size):
     "With samples cut into pieces of at most `size` tokens"
-    start = np.append(0, batch.ends)[:-1]
-    n = np.maximum(1, -(-(batch.ends-start)//size))
-    within = np.arange(int(n.sum()))-np.repeat(np.cumsum(n)-n, n)
-    ends = np.minimum(np.repeat(start, n)+(within+1)*size, np.repeat(batch.ends, n))
-    return replace(batch, ends=ends, cut=np.repeat(batch.cut, n), source=np.repeat(batch.source, n))
+    _,ends,i = cut_up(np.append(0, batch.ends)[:-1], batch.ends, size)
+    return replace(batch, ends=ends, cut=batch.cut[i], source=batch.source[i])
 
 def _with_own(batch, own):
     "A batch with other rows' own tokens behind it: row -> `Sample`"
@@ -361,7 +379,7 @@ def tokenise_rows(
     encoder,own,segments,errors = Encoder.of(tokenizer),{},{},{}
     for i,row in enumerate(rows):
         try:
-            if is_tokenised(row): own[i] = own_tokens(row, len(encoder.tokenizer))
+            if is_tokenised(row, fmt): own[i] = own_tokens(row, len(encoder.tokenizer))
             else: segments[i] = fmt(row)
         except UserError as e: errors[i] = e
     limit = sequence_len if fmt.bos and not fmt.chunked else None
@@ -369,17 +387,6 @@ def tokenise_rows(
     if fmt.chunked: batch = _chunked(batch, sequence_len)
     if own: batch = _with_own(batch, own)
     return batch,np.array([*segments, *own], np.int64)[batch.source],errors
-
-# %% ../nbs/13_tokens.ipynb #39be836c
-def by_row(
-    batch:Batch, # of `tokenise_rows`
-    row:np.ndarray, # index of the row of each sample
-    n:int, # rows
-) -> list[list[Sample]]: # samples of each
-    "The samples of each row"
-    res = [[] for _ in range(n)]
-    for i,r in enumerate(row.tolist()): res[r].append(batch[i])
-    return res
 
 # %% ../nbs/13_tokens.ipynb #853c6be2
 def entry_options(
