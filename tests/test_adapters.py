@@ -175,9 +175,7 @@ def test_rank_zero():
 
 
 def test_quantising_without_the_library(monkeypatch):
-    import importlib.util
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n=="bitsandbytes" else real(n, *a))
+    monkeypatch.setattr("tuneforge.precision.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tuneforge\[quant\]"): base(load_in_4bit=True)
     with pytest.raises(UserError, match=r"tuneforge\[quant\]"): add_adapter(base(), LoraOptions(**LORA, peft=dict(loftq_config={})))
 
@@ -529,3 +527,17 @@ def test_a_regular_run_keeps_its_base(data, tmp_path):
     "Nothing of all this touches a run that did not ask for it"
     train(config(data, tmp_path, max_steps=2, **LORA))
     assert {p.name for p in tmp_path.glob("*.safetensors")}=={"adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("arch", ["jamba", "mamba", "falcon_mamba"])
+def test_layers_that_are_not_called_get_no_adapter(arch):
+    "What is left out is what a forward pass leaves out; fails when transformers calls these layers"
+    from tuneforge.adapters import linear_layers, uncalled
+    model, called = load_model(ModelOptions(base_model=f"tiny:{arch}")), set()
+    layers = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for n in layers: model.get_submodule(n).register_forward_hook(lambda *_, n=n: called.add(n.rpartition(".")[2]))
+    model(input_ids=torch.arange(10)[None])
+    assert {n.rpartition(".")[2] for n in layers}-called=={"dt_proj"}<=set(uncalled(model)) and set(linear_layers(model))<=called
+    lora = add_adapter(model, LoraOptions(adapter="lora", lora_target_linear=True))
+    assert set(linear_layers(lora.get_base_model())) and not any(o in n for n, p in lora.named_parameters() if p.requires_grad for o in uncalled(model))
+    with pytest.raises(UserError, match="would be passed over"): add_adapter(load_model(ModelOptions(base_model=f"tiny:{arch}")), LoraOptions(adapter="lora", lora_target_modules=r".*\.(x_proj|dt_proj)"))

@@ -64,7 +64,8 @@ def test_weights_that_are_missing_are_not_made_up(folder):
 def test_other_shapes_than_the_config_says(folder):
     c = json.loads((folder/"config.json").read_text())
     (folder/"config.json").write_text(json.dumps(c | dict(intermediate_size=100)))
-    assert "mlp" in says(base_model=str(folder))
+    said = says(base_model=str(folder))
+    assert "model.layers.0.mlp.down_proj.weight is (64, 192) in the file and (64, 100) by the config" in said and "and 3 more" in said
 
 
 def test_folders_that_hold_no_model(tmp_path, folder):
@@ -79,13 +80,17 @@ def test_pickled_weights_are_not_read(folder):
     assert "pickles" in says(base_model=str(folder))
 
 
+def test_a_revision_without_a_network(): assert "at revision 'v9' (`revision_of_model`)" in says(base_model="me/tiny", revision_of_model="v9")
+
+
+@pytest.mark.slow
 def test_a_revision_that_is_not_there(tmp_path):
     "In a cache that has `main` only, without a network"
     repo = tmp_path/"models--me--tiny"
     shutil.copytree(tiny_model("tiny:llama"), repo/"snapshots"/("a"*40))
     (repo/"refs").mkdir()
     (repo/"refs"/"main").write_text("a"*40)
-    code = "from tuneforge.models import *\nfrom tuneforge.config import *\nfor r in (None, 'v9'):\n    try: print(type(load_model(ModelOptions(base_model='me/tiny', revision_of_model=r))).__name__)\n    except UserError as e: print(e)"
+    code = "from tuneforge.models import load_model\nfrom tuneforge.config import ModelOptions, UserError\nfor r in (None, 'v9'):\n    try: print(type(load_model(ModelOptions(base_model='me/tiny', revision_of_model=r))).__name__)\n    except UserError as e: print(e)"
     res = run(sys.executable, "-c", code, env=dict(HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1"))
     ok, wrong = res.stdout.strip().splitlines()[-2:]
     assert ok=="LlamaForCausalLM" and "at revision 'v9' (`revision_of_model`)" in wrong, res.stderr
@@ -222,7 +227,7 @@ def odd(folder, tmp_path):
 def test_code_does_not_run_unasked(odd, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked"))
     assert "Read it; then allow it with `trust_remote_code: true`" in says(base_model=str(odd))
-    with pytest.raises(UserError): load_tokenizer(TokenizerOptions(base_model=str(odd)))
+    load_tokenizer(TokenizerOptions(base_model=str(odd))) # its class is one of transformers' own
     assert not (tmp_path/"mark").exists()
 
 
@@ -257,10 +262,11 @@ def test_rows_grow_and_nothing_else_changes(name):
     tok = load_tokenizer(TokenizerOptions(base_model=f"tiny:{name}", tokens=["<a>", "<b>"]))
     a, b = load_model(options(base_model=f"tiny:{name}")), load_model(options(base_model=f"tiny:{name}"), tok)
     n = a.get_input_embeddings().weight.shape[0]
-    assert b.get_input_embeddings().weight.shape[0]==b.get_output_embeddings().weight.shape[0]==b.config.get_text_config().vocab_size==len(tok)==n+2
+    assert b.get_input_embeddings().weight.shape[0]==b.get_output_embeddings().weight.shape[0]==b.config.get_text_config().vocab_size==len(tok)
+    assert len(tok)-n==2+(name=="qwen2") # whose tokenizer has a token of its own over the model's rows
     x, y = a(input_ids=ids(), use_cache=False).logits, b(input_ids=ids(), use_cache=False).logits
     assert torch.equal(x, y[..., :n]) or torch.allclose(x, y[..., :n], atol=1e-5)
-    assert torch.allclose(y[..., n:], x.mean(-1, keepdim=True).expand(-1, -1, 2), atol=1e-4) # the mean of rows (and biases) says the mean of logits
+    assert torch.allclose(y[..., n:], x.mean(-1, keepdim=True).expand_as(y[..., n:]), atol=1e-4) # the mean of rows (and biases) says the mean of logits
 
 
 def test_never_fewer_rows():

@@ -212,7 +212,7 @@ def broken_files(
 
 # %% ../nbs/20_models.ipynb #b46aef4a
 OWN = dict(dtype="bfloat16", torch_dtype="bfloat16", revision="revision_of_model", trust_remote_code="trust_remote_code", quantization_config="bnb_config_kwargs", load_in_4bit="load_in_4bit", load_in_8bit="load_in_8bit",
-    device_map="device_map", max_memory="max_memory", attn_implementation="attn_implementation", config="overrides_of_model_config", low_cpu_mem_usage="low_cpu_mem_usage", use_safetensors="save_safetensors")
+    device_map="device_map", max_memory="max_memory", attn_implementation="attn_implementation", config="overrides_of_model_config", low_cpu_mem_usage="low_cpu_mem_usage", ignore_mismatched_sizes="overrides_of_model_config", use_safetensors="save_safetensors")
 "argument of `from_pretrained` -> the key that stands for it"
 
 def _model_class(opts, config):
@@ -233,7 +233,8 @@ def _check_whole(info, cls_name, name):
     show = lambda o: f"{', '.join(map(str, sorted(o)[:3]))}{f' and {len(o)-3} more' if len(o)>3 else ''}"
     lacks = {k for k in info["missing_keys"] if not ("Classification" in cls_name and k.startswith("score"))}
     if lacks: raise UserError(f"the checkpoint {name} is not whole, or not of this class ({cls_name}): {show(lacks)} would be random")
-    if info["mismatched_keys"]: raise UserError(f"the checkpoint {name} has other shapes than its config says: {show({m[0] for m in info['mismatched_keys']})}")
+    shapes = {f"{k} is {tuple(there)} in the file and {tuple(want)} by the config" for k,there,want in info["mismatched_keys"]}
+    if shapes: raise UserError(f"the checkpoint {name} has other shapes than its config says: {show(shapes)}")
     if info["unexpected_keys"]: log.warning(f"{name}: weights that {cls_name} has no place for are left out: {show(info['unexpected_keys'])}")
 
 def _read(opts, config, cls, args):
@@ -241,7 +242,7 @@ def _read(opts, config, cls, args):
     source = resolve_model(opts.base_model)
     for k in opts.model_kwargs or {}:
         if k in OWN: raise UserError(f"`model_kwargs.{k}`: there is a key for that, `{OWN[k]}`")
-    try: model,info = cls.from_pretrained(source, config=config, revision=opts.revision_of_model, use_safetensors=True, trust_remote_code=trusted(opts, source), output_loading_info=True, **args, **(opts.model_kwargs or {}))
+    try: model,info = cls.from_pretrained(source, config=config, revision=opts.revision_of_model, use_safetensors=True, trust_remote_code=trusted(opts, source), output_loading_info=True, **args, **(opts.model_kwargs or {}) | dict(ignore_mismatched_sizes=True)) # they are refused below, with their names
     except TypeError as e: raise UserError(f"`model_kwargs`: {e}. Values of the model's config belong under `overrides_of_model_config`") from e
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as e:
         if isinstance(e, torch.OutOfMemoryError): raise

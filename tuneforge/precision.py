@@ -207,6 +207,7 @@ def check_offload(
 ):
     "Raise `UserError` if parts of the model are not on the device that computes"
     places = getattr(model, "hf_device_map", {})
-    away = [n or "the model" for n,d in places.items() if d in ("disk","meta") or d=="cpu" and len(set(places.values()))>1]
+    beside = any(d not in ("cpu","disk","meta") for d in places.values()) # a GPU, so that the CPU only stores
+    away = [n or "the model" for n,d in places.items() if d in ("disk","meta") or d=="cpu" and beside]
     if away: raise UserError(f"the limits (`max_memory`, `gpu_memory_limit`, `device_map`) leave no room for {away[0]}{f' and {len(away)-1} other parts' if away[1:] else ''}: raise them, "
         "quantise the base (`load_in_4bit: true`), or use more GPUs. Weights that are offloaded cannot be trained.")
