@@ -408,6 +408,19 @@ def test_quantised_means_quantised(arch, keys):
     assert 0<((a-b).norm()/a.norm())<0.6
 
 
+@pytest.mark.parametrize("keys", [{}, dict(load_in_4bit=True), dict(load_in_8bit=True)], ids=["whole", "4", "8"])
+def test_evaluation_does_not_touch_the_weights_of_rwkv(keys):
+    "Its own way: weights of later blocks are halved in evaluation, without the adapter beside them; bits are not numbers that can be halved"
+    cfg = config(base_model="tiny:rwkv?rescale_every=1", adapter="lora", lora_target_linear=True, float32=True, **keys)
+    model = add_adapter(load_model(cfg), cfg)
+    for n, p in model.named_parameters():
+        if "lora_B" in n: torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+    say = lambda: model(input_ids=ids()[:, :6], use_cache=False).logits
+    stored = lambda: {n: p.detach().clone() for n, p in model.named_parameters()}
+    a, was, b, now = model.train() and say(), stored(), model.eval() and say(), stored()
+    assert all(torch.equal(was[n], now[n]) for n in was) and torch.allclose(a, b, atol=0.05 if "load_in_8bit" in keys else 1e-4)
+
+
 def test_experts_may_stay_whole():
     whole = load_model(options(base_model="tiny:mixtral", load_in_4bit=True, quantize_moe_experts=False))
     assert quantised_share(whole)<0.2 and any(p.dim()==3 and p.is_floating_point() for p in whole.parameters())

@@ -63,6 +63,7 @@ def model_config(
     source,cls = _source(opts, name),named_class(opts.cls_model_config or "AutoConfig", "cls_model_config", PreTrainedConfig)
     try: config = cls.from_pretrained(source, revision=opts.revision_of_model if name==opts.base_model else None, trust_remote_code=trusted(opts, source if Path(source).is_dir() else name))
     except (OSError, ValueError, ImportError) as e: raise UserError(_why(e, opts)) from e
+    if config.model_type=="rwkv": config.rescale_every = 0 # it would halve weights of the base at each evaluation and double them after it: wrong beside an adapter, and for 4 and 8 bits
     return override(config, opts.overrides_of_model_config or {})
 
 # %% ../nbs/20_models.ipynb #21ff315a
