@@ -26,13 +26,16 @@ def preprocess(
 ):
     "Tokenise the data of a config, and account for every row"
     from rich.console import Console
-    from tuneforge.dataset import compare_prompts, expand_entries, prepare_data
+    from tuneforge.dataset import compare_prompts, expand_entries
     from tuneforge.dataset import why_miss as why
+    from tuneforge.derive import streams
     from tuneforge.inspect import show_samples
+    from tuneforge.stream import load_data
     from tuneforge.tokens import load_tokenizer
+    if streams(cfg) and (why_miss or check_all_rows): raise UserError("a stream is read while it is trained: it is not prepared, and does not say where all its rows end")
     tokenizer = load_tokenizer(cfg)
     if why_miss: return print(why(cfg, tokenizer))
-    data = prepare_data(cfg, tokenizer)
+    data = load_data(cfg, tokenizer)
     if debug or debug_text_only or cfg.debug: show_samples(data.train, tokenizer, debug_num_examples, cfg.seed, debug_text_only)
     for e in expand_entries(cfg.datasets) if check_all_rows else []:
         n,differ,_ = compare_prompts(e, cfg, tokenizer, None)
@@ -108,10 +111,10 @@ def inference(
 ):
     "Question the finetuned model: a prompt from stdin, or interactively"
     from transformers import TextStreamer
-    from tuneforge.all import ask, load_finetuned, with_defaults
+    from tuneforge.all import ask, load_finetuned, train_entries
     model,tokenizer = load_finetuned(cfg)
     for text in _questions():
-        ask(model, tokenizer, with_defaults(cfg.datasets[0], cfg), text, context, max_new_tokens=max_new_tokens, temperature=temperature,
+        ask(model, tokenizer, train_entries(cfg)[0], text, context, max_new_tokens=max_new_tokens, temperature=temperature,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
 
 # %% ../nbs/60_cli.ipynb #666c2310

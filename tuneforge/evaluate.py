@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 from .checkpoint import write_text
 from .config import Config, UserError
-from .dataset import prepare_data
+from .dataset import train_entries
 from .infer import generate, load_finetuned
+from .loaders import PlanLoader
 from .packing import Collator, plan_evaluation
+from .stream import evaluation_data
 from .tokens import IGNORE
-from .train import PlanLoader, mean_loss
+from .train import mean_loss
 
 # %% ../nbs/52_evaluate.ipynb #6db0d6ee
 def question_and_answer(
@@ -69,10 +71,10 @@ def evaluate(
     "Evaluate the finetuned model. Raises `UserError` when the config has no evaluation data."
     if not (cfg.val_set_size or cfg.test_datasets): raise UserError("there is nothing to evaluate on: give `val_set_size` or `test_datasets`")
     model,tokenizer = load_finetuned(cfg)
-    ds = prepare_data(cfg, tokenizer).valid
+    ds = evaluation_data(cfg, tokenizer).valid
     plan = plan_evaluation([len(o) for o in ds.with_format("numpy")["input_ids"]], cfg.model_copy(update=dict(eval_sample_packing=False)), cfg.sequence_len)
     metrics = mean_loss(model, PlanLoader(ds, [plan], Collator(tokenizer.pad_token_id, packed=False))) | dict(rows=len(ds))
-    if any(e.type not in ("completion","pretrain") for e in cfg.test_datasets or cfg.datasets):
+    if any(e.type not in ("completion","pretrain") for e in cfg.test_datasets or train_entries(cfg)):
         answers = answer_all(model, tokenizer, ds.select(range(min(max_answers, len(ds)))))
         metrics |= dict(exact_match=answers.exact_match, answered=len(answers.rows))
     write_text(Path(cfg.output_dir)/"evaluation.json", json.dumps(metrics, indent=1))

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from .adapters import load_adapter
 from .config import Config, CustomFormat, DatasetOptions, UserError
+from .dataset import train_entries
 from .models import finished, load_model
-from .prompts import ALIASES, INSTRUCT, prompt_format, with_defaults
+from .prompts import ALIASES, INSTRUCT, prompt_format
 from .tokens import bos_ids, check_golden, load_tokenizer, prompt_ids
 
 # %% ../nbs/51_infer.ipynb #5c9f2fff
@@ -29,7 +30,7 @@ def load_finetuned(
     else: raise UserError(f"there is no model in {folder} (`output_dir`): run `tuneforge train` first")
     if (folder/"generation_config.json").is_file(): model.generation_config = type(model.generation_config).from_pretrained(folder)
     if (folder/"golden_prompts.json").is_file():
-        check_golden(json.loads((folder/"golden_prompts.json").read_text(encoding="utf-8")), [with_defaults(e, cfg) for e in cfg.datasets], tokenizer)
+        check_golden(json.loads((folder/"golden_prompts.json").read_text(encoding="utf-8")), train_entries(cfg), tokenizer)
     return model.eval(),tokenizer
 
 # %% ../nbs/51_infer.ipynb #604180e9
