@@ -25,7 +25,11 @@ from .vocabulary import check_rows, trainable_rows
 UNCALLED = dict(jamba=["dt_proj"], mamba=["dt_proj","out_proj"], falcon_mamba=["dt_proj","out_proj"], mamba2=["out_proj"], falcon_h1=["out_proj"], nemotron_h=["out_proj"])
 "model type -> layers whose weight is read without calling them, by the model or by its kernels on a GPU"
 
-def uncalled(model): return UNCALLED.get(model.config.get_text_config().model_type, [])
+def uncalled(
+    model, # transformers model
+) -> list[str]: # last parts of names
+    "Layers of this model where an adapter would be passed over"
+    return UNCALLED.get(model.config.get_text_config().model_type, [])
 
 def linear_layers(
     model, # transformers model, without an adapter
