@@ -146,7 +146,8 @@ def test_going_on_with_an_adapter(tmp_path):
 
 def test_a_base_that_has_an_adapter(tmp_path):
     adapted(LORA).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="already has an adapter.*lora_model_dir"): add_adapter(load_model(ModelOptions(base_model=str(tmp_path))), LoraOptions(**LORA))
+    with pytest.raises(UserError, match="holds an adapter, not a model.*lora_model_dir"): load_model(ModelOptions(base_model=str(tmp_path)))
+    with pytest.raises(UserError, match="already has an adapter.*lora_model_dir"): add_adapter(adapted(LORA), LoraOptions(**LORA))
 
 
 def test_an_adapter_of_another_base(tmp_path):
