@@ -170,10 +170,6 @@ def _rows_are_whole(cfg):
     if cfg.val_set_size>1 and cfg.val_set_size!=int(cfg.val_set_size): yield "val_set_size", f"`val_set_size: {cfg.val_set_size:g}` is neither a fraction nor a number of rows"
 
 @rule
-def _pushing_needs_a_token(cfg):
-    if cfg.push_dataset_to_hub and not cfg.hf_use_auth_token: yield "push_dataset_to_hub", "`push_dataset_to_hub` needs `hf_use_auth_token: true`"
-
-@rule
 def _jinja_has_text(cfg):
     for path,where in [((),cfg), *(((("datasets",i)),e) for i,e in enumerate(cfg.datasets))]:
         choice,text = getattr(where, "chat_template", None),getattr(where, "chat_template_jinja", None)
