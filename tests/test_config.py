@@ -160,9 +160,9 @@ def test_what_is_not_built_is_refused_and_what_is_off_is_not(tmp_path):
         assert load_config(yaml.safe_load(GOOD) | {key: None}), key
         f = AllOptions.model_fields[key]
         if f.default in OFF and not isinstance(f.default, list): load_config(yaml.safe_load(GOOD) | {key: f.default})
-    text = GOOD+"fsdp: [full_shard]\nwandb_project: me\n"
+    text = GOOD+"fsdp: [full_shard]\ngradio_title: me\n"
     assert all("not supported yet" in p.message for p in problems(text, tmp_path)) and len(problems(text, tmp_path))==2
-    assert load(text, tmp_path, planned=True).wandb_project=="me"
+    assert load(text, tmp_path, planned=True).gradio_title=="me"
 
 
 def test_tables_name_keys_that_exist():

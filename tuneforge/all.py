@@ -53,6 +53,7 @@ from .optim import *
 from .callbacks import *
 from .checkpoint import *
 from .loaders import *
+from .trackers import *
 from .train import *
 from .merge import *
 from .infer import *

@@ -99,9 +99,6 @@ NOT_YET |= _table(
     run=("save_strategy=best hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size do_causal_lm_eval eval_causal_lm_metrics "
         "do_bench_eval bench_dataset bench_split generate_samples num_generation_samples generation_max_new_tokens generation_temperature",
         "remove it, and evaluate or push the saved checkpoints afterwards"),
-    trackers=("use_tensorboard use_wandb wandb_project wandb_entity wandb_name wandb_run_id wandb_mode wandb_watch wandb_log_model use_mlflow mlflow_tracking_uri "
-        "mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts use_comet comet_api_key comet_workspace comet_project_name comet_experiment_key "
-        "comet_mode comet_online comet_experiment_config", "remove it: every metric is in `run.json` and `loss.png`"),
     devices=("deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters dp_shard_size dp_replicate_size "
         "context_parallel_size tensor_parallel_size", "remove it: `torchrun` gives each device a copy of the model"),
     preferences=("rl max_prompt_len reward_model rl_beta rl_adapter_ref_model dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs orpo_alpha rpo_alpha simpo_gamma cpo_alpha "
@@ -701,20 +698,20 @@ OptionTable(TrainOptions, but=(EvalOptions,))
 # %% ../nbs/01_options.ipynb #6dc2c36f
 class LoggingOptions(Options):
     "Where metrics are sent besides the run's own folder"
-    use_tensorboard:bool|None = _opt(None, "write TensorBoard's files")
+    use_tensorboard:bool|None = _opt(None, "write TensorBoard's files to `tensorboard/` of the run")
     use_wandb:bool|None = _opt(None, "log to Weights & Biases; follows from `wandb_project`")
     wandb_project:str|None = _opt(None, "project")
     wandb_entity:str|None = _opt(None, "team")
     wandb_name:str|None = _opt(None, "name of the run")
     wandb_run_id:str|None = _opt(None, "id of the run; also its name, if it has none")
     wandb_mode:Literal["online","offline","disabled","shared"]|None = _opt(None, "`offline` keeps everything on this machine")
-    wandb_watch:str|None = _opt(None, "log gradients or parameters")
-    wandb_log_model:str|None = _opt(None, "upload the model: `checkpoint` or `end`")
+    wandb_watch:Literal["gradients","parameters","all","false"]|None = _opt(None, "log gradients, parameters, or both")
+    wandb_log_model:Literal["checkpoint","end","false"]|None = _opt(None, "upload the model: at the end, or each checkpoint, too")
     use_mlflow:bool|None = _opt(None, "log to MLflow; follows from `mlflow_experiment_name`")
-    mlflow_tracking_uri:str|None = _opt(None, "server or folder")
+    mlflow_tracking_uri:str|None = _opt(None, "server, folder, or database (`sqlite:///mlflow.db`)")
     mlflow_experiment_name:str|None = _opt(None, "experiment")
     mlflow_run_name:str|None = _opt(None, "name of the run")
-    hf_mlflow_log_artifacts:bool|None = _opt(None, "upload checkpoints")
+    hf_mlflow_log_artifacts:bool|None = _opt(None, "upload checkpoints, too")
     use_comet:bool|None = _opt(None, "log to Comet; follows from `comet_project_name`")
     comet_api_key:SecretStr|None = _opt(None, "key; better in the environment: `${COMET_API_KEY}`")
     comet_workspace:str|None = _opt(None, "workspace")

@@ -36,6 +36,7 @@ from .schedules import LearningOptions
 from .sources import outline
 from .stream import Stream, load_data, report_of
 from .tokens import IGNORE, load_tokenizer
+from .trackers import check_trackers, make_trackers, tracked
 from .trainable import Trainable, TrainHook, show_trainable
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
@@ -257,6 +258,7 @@ def train(
 ) -> Run: # what came of it
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
     optimizer_name(cfg) # better refused now than after the data are prepared
+    check_trackers(cfg)
     check_length(model_config(cfg), cfg.sequence_len)
     tokenizer = load_tokenizer(cfg)
     data = load_data(cfg, tokenizer, int(os.environ.get("WORLD_SIZE", 1)))
@@ -272,9 +274,11 @@ def train(
     if data.stream: hooks.append(StreamKeeper(data.stream, allow_drift))
     show_trainable(Trainable(model, hooks))
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *train_entries(cfg)) for t in o.eot_tokens or []])
-    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *callbacks], isolation)
-    result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
-    return save_run(cfg, trainer, data, result)
+    trackers = make_trackers(cfg)
+    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, *callbacks], isolation)
+    with tracked(trackers):
+        result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
+        return save_run(cfg, trainer, data, result)
 
 # %% ../nbs/33_train.ipynb #abd7c371
 def save_run(

@@ -1,0 +1,152 @@
+"Trackers have the figures that run.json has, cost no run, and hold no secrets"
+import json, os, struct, zipfile
+from pathlib import Path
+import pytest
+from tuneforge.all import *
+from tuneforge.trackers import QUIET
+from tests.tools import write_jsonl
+
+FIGURES = ("loss", "grad_norm", "learning_rate", "eval_loss")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    village = Village()
+    return write_jsonl(tmp_path_factory.mktemp("data")/"train.jsonl", village.questions(list(village.people)[:3]))
+
+
+@pytest.fixture(autouse=True)
+def nobody(tmp_path, monkeypatch):
+    "A machine without keys"
+    for k in [k for k in os.environ if k.startswith(("WANDB_", "COMET_", "MLFLOW_"))]: monkeypatch.delenv(k)
+    for k in QUIET: monkeypatch.setenv(k, QUIET[k]) # gone afterwards
+    monkeypatch.setenv("NETRC", str(tmp_path/"none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def config(data, out, **kw):
+    base = dict(base_model="tiny:llama?num_hidden_layers=1", datasets=[dict(path=str(data), type="alpaca")], dataset_prepared_path=str(data.parent/"prepared"), output_dir=str(out),
+        sequence_len=128, learning_rate=1e-3, save_strategy="no", logging_steps=1, micro_batch_size=8, max_steps=3, val_set_size=0.1, warmup_steps=0)
+    return load_config(base | kw)
+
+
+def expected(out):
+    "{name: {step: value}} as run.json has it"
+    history = json.loads((out/"run.json").read_text())["history"]
+    found = {(f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}"): {h["step"]: h[k] for h in history if k in h} for k in FIGURES}
+    assert len(found["train/loss"])>=3 and found["eval/loss"]
+    return found
+
+
+def close(got, want):
+    assert got.keys()==want.keys()
+    for k in want: assert got[k]==pytest.approx(want[k], rel=1e-6), k
+
+
+def test_tensorboard(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train(config(data, tmp_path, use_tensorboard=True))
+    acc, want = EventAccumulator(str(tmp_path/"tensorboard")).Reload(), expected(tmp_path)
+    close({k: {e.step: e.value for e in acc.Scalars(k)} for k in want}, want)
+
+
+def records(file):
+    "Records of a .wandb file: LevelDB's log format after seven bytes, in blocks of 32 KiB"
+    data, at, part = file.read_bytes(), 7, b""
+    while at+7<=len(data):
+        if 32768-at%32768<7: at += 32768-at%32768
+        n, kind = struct.unpack("<HB", data[at+4:at+7])
+        part += data[at+7:at+7+n]
+        at += 7+n
+        if kind in (1, 4): # whole, or its last part
+            yield part
+            part = b""
+
+
+def wandb_rows(folder):
+    "What the files of offline runs hold: (ids, config, rows of figures)"
+    from wandb.proto import wandb_internal_pb2
+    ids, config, rows = [], {}, []
+    for f in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for data in records(f):
+            r = wandb_internal_pb2.Record()
+            r.ParseFromString(data)
+            if r.run.run_id and r.run.run_id not in ids: ids.append(r.run.run_id)
+            config |= {u.key: json.loads(u.value_json) for u in r.run.config.update}
+            if r.history.item: rows.append({(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in r.history.item})
+    return ids, config, rows
+
+
+def test_wandb(data, tmp_path):
+    pytest.importorskip("wandb")
+    kw = dict(wandb_project="p", wandb_mode="offline", save_strategy="steps", save_steps=2, wandb_run_id="mine", wandb_watch="gradients", wandb_log_model="end")
+    train(config(data, tmp_path, **kw))
+    ids, cfg, rows = wandb_rows(tmp_path)
+    assert ids==["mine"] and cfg["learning_rate"]==1e-3
+    close({k: {r["train/global_step"]: r[k] for r in rows if k in r} for k in expected(tmp_path)}, expected(tmp_path))
+
+
+def test_wandb_goes_on_as_the_same_run(data, tmp_path):
+    "The id that it was given the first time is in the checkpoint"
+    pytest.importorskip("wandb")
+    kw = dict(wandb_project="p", wandb_mode="offline", save_strategy="steps", save_steps=2)
+    train(config(data, tmp_path/"a", **kw))
+    train(config(data, tmp_path/"b", resume=str(tmp_path/"a"/"checkpoint-2"), **kw))
+    first, second = wandb_rows(tmp_path/"a"), wandb_rows(tmp_path/"b")
+    assert len(first[0])==1 and first[0]==second[0]
+    assert [r["train/global_step"] for r in second[2] if "train/loss" in r]==[3]
+
+
+@pytest.mark.parametrize("place", ["folder", "sqlite"])
+def test_mlflow(data, tmp_path, place):
+    pytest.importorskip("mlflow")
+    if place=="sqlite": pytest.importorskip("sqlalchemy"), pytest.importorskip("alembic")
+    from mlflow import MlflowClient
+    uri = str(tmp_path/"mlruns") if place=="folder" else f"sqlite:///{tmp_path}/m.db"
+    kw = dict(mlflow_experiment_name="e", mlflow_run_name="r", mlflow_tracking_uri=uri, save_strategy="steps", save_steps=2)
+    train(config(data, tmp_path/"out", hf_mlflow_log_artifacts=place=="folder", **kw))
+    client = MlflowClient(tracking_uri=uri)
+    found = lambda: client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    r, = found()
+    want = expected(tmp_path/"out")
+    close({k: {m.step: m.value for m in client.get_metric_history(r.info.run_id, k)} for k in want}, want)
+    assert (r.info.run_name, r.info.status, r.data.params["learning_rate"])==("r", "FINISHED", "0.001")
+    if place=="folder": assert "checkpoint-2" in [a.path for a in client.list_artifacts(r.info.run_id)]
+    train(config(data, tmp_path/"b", resume=str(tmp_path/"out"/"checkpoint-2"), **kw))
+    assert [o.info.run_id for o in found()]==[r.info.run_id]
+
+
+def test_comet(data, tmp_path):
+    pytest.importorskip("comet_ml")
+    train(config(data, tmp_path, comet_project_name="p", comet_online=False, comet_api_key="sesame"))
+    file, = (tmp_path/"comet").glob("*.zip")
+    with zipfile.ZipFile(file) as z:
+        text = z.read("messages.json").decode()
+        found = [json.loads(l) for l in text.splitlines()]
+    want, got = expected(tmp_path), {}
+    for m in [m["payload"] for m in found if m["type"]=="metric_msg"]:
+        if m["metric"]["metricName"] in want: got.setdefault(m["metric"]["metricName"], {})[m["metric"]["step"]] = float(m["metric"]["metricValue"])
+    close(got, want)
+    assert "sesame" not in text and "sesame" not in (tmp_path/"run.json").read_text()
+
+
+@pytest.mark.parametrize("kw, says", [(dict(wandb_project="p"), "wandb_mode: offline"), (dict(comet_project_name="p"), "comet_online: false")])
+def test_no_key_is_said_before_the_model_is_loaded(data, tmp_path, kw, says):
+    pytest.importorskip("wandb"), pytest.importorskip("comet_ml")
+    with pytest.raises(UserError, match=says): train(config(data, tmp_path/"out", **kw))
+    assert not (tmp_path/"out").exists()
+
+
+def test_no_package_is_said_before_the_model_is_loaded(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("tuneforge.trackers.find_spec", lambda n: None)
+    with pytest.raises(UserError, match=r"tuneforge\[tensorboard\]"): train(config(data, tmp_path/"out", use_tensorboard=True))
+    assert not (tmp_path/"out").exists()
+
+
+def test_a_tracker_that_fails_costs_no_run(data, tmp_path, caplog):
+    "A file where TensorBoard wants its folder"
+    pytest.importorskip("tensorboard")
+    (tmp_path/"tensorboard").write_text("in the way")
+    r = train(config(data, tmp_path, use_tensorboard=True))
+    assert r.metrics["steps"]==3 and caplog.text.count("TensorBoard is off")==1
