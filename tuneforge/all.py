@@ -51,6 +51,7 @@ from .pose import *
 from .schedules import *
 from .optim import *
 from .callbacks import *
+from .guards import *
 from .checkpoint import *
 from .loaders import *
 from .trackers import *
