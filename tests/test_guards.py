@@ -71,3 +71,13 @@ def test_a_checkpoint_on_request(data, tmp_path):
     train(config(data, tmp_path), [Touch(tmp_path/"SAVE", 3)])
     assert [p.name for p in checkpoints(tmp_path)]==["checkpoint-3"] and not damage(tmp_path/"checkpoint-3") and not (tmp_path/"SAVE").exists()
     assert not (tmp_path/"stalled.txt").exists()
+
+
+def test_a_profile_changes_nothing(data, tmp_path):
+    "Two steps of four, and the weights of a run without it"
+    train(config(data, tmp_path/"a", profiler_steps=2, profiler_steps_start=1))
+    train(config(data, tmp_path/"b"))
+    a, b = (load_file(tmp_path/n/"model.safetensors") for n in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    found = [e["name"] for e in json.loads((tmp_path/"a"/"profile.json").read_text())["traceEvents"] if e["name"].startswith("Optimizer.step")]
+    assert len(found)==2

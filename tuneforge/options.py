@@ -95,7 +95,6 @@ NOT_YET = _table(
 NOT_YET |= _table(
     packing=("auto_find_batch_size", "remove it, and choose a smaller `micro_batch_size` with more `gradient_accumulation_steps`"),
     adapters=("adapter=llama-adapter peft_adapter", "use `adapter: lora`, or train all weights"),
-    early=("profiler_steps profiler_steps_start", "remove it: it changes nothing about the result"),
     run=("save_strategy=best hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size do_causal_lm_eval eval_causal_lm_metrics "
         "do_bench_eval bench_dataset bench_split generate_samples num_generation_samples generation_max_new_tokens generation_temperature",
         "remove it, and evaluate or push the saved checkpoints afterwards"),
@@ -667,8 +666,8 @@ class EvalOptions(Options):
     generation_temperature:float = _opt(0.7, "their temperature", ge=0)
     loss_watchdog_threshold:float|None = _opt(None, "stop when the loss stays over this", gt=0)
     loss_watchdog_patience:int = _opt(3, "log lines over the threshold before the run is stopped", gt=0)
-    profiler_steps:int|None = _opt(None, "record the memory of the first steps", gt=0)
-    profiler_steps_start:int = _opt(0, "step at which recording begins", ge=0)
+    profiler_steps:int|None = _opt(None, "record time and memory of so many steps, operation by operation, in `profile.json`", gt=0)
+    profiler_steps_start:int = _opt(0, "steps before recording begins", ge=0)
 
 OptionTable(EvalOptions)
 

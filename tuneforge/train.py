@@ -25,7 +25,7 @@ from .checkpoint import ResumableTrainer, Run, data_facts, on_first_rank, plan_f
 from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserError, log
 from .dataset import Prepared, train_entries
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval, isolates, packs
-from .guards import Guard, StallWatch
+from .guards import Guard, Profiled, StallWatch
 from .inspect import show_samples
 from .loaders import PlanLoader, StreamKeeper, StreamLoader
 from .methods import training_hooks
@@ -88,10 +88,14 @@ class HookedTrainer(ResumableTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for h in self.hooks: h.load(Path(resume_from_checkpoint))
 
-# %% ../nbs/33_train.ipynb #0f0bf1db
+# %% ../nbs/33_train.ipynb #6a1b0002
 class GuardedTrainer(HookedTrainer):
     "Takes no step whose loss or gradient is no number on any rank. (With fp16 the loss scale is found by such steps, and its scaler leaves them out.)"
-    def __init__(self, *args, guard:Guard, **kwargs):
+    def __init__(self,
+        *args, # of HookedTrainer
+        guard:Guard, # what refuses steps
+        **kwargs, # of HookedTrainer
+    ):
         self.guard,self.losses,self.loss_before = guard,[],None
         super().__init__(*args, **kwargs)
         self.add_callback(guard)
@@ -110,6 +114,7 @@ class GuardedTrainer(HookedTrainer):
         return norm
     def log(self, logs, start_time=None): super().log(self.guard.figures(logs), start_time)
 
+# %% ../nbs/33_train.ipynb #0f0bf1db
 class ForgeTrainer(GuardedTrainer):
     "transformers' Trainer with our order, our schedule and our loss"
     def __init__(self,
@@ -260,6 +265,7 @@ def make_trainer(
         facts=run_facts(cfg, data, course), keep=cfg.save_total_limit, save_first=cfg.save_first_step, guard=Guard(cfg.output_dir),
         callbacks=[LiveProgress(course.tokens_until), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
+    if cfg.profiler_steps: trainer.add_callback(Profiled(cfg.output_dir, cfg.profiler_steps, cfg.profiler_steps_start))
     if cfg.early_stopping_patience: trainer.add_callback(EarlyStoppingCallback(cfg.early_stopping_patience))
     return trainer
 
