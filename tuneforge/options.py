@@ -86,7 +86,7 @@ NOT_YET = _table(
         "tokens added_tokens_overrides resize_token_embeddings_to_32x mean_resizing_embeddings fix_untrained_tokens special_tokens.additional_special_tokens",
         "save the model or tokenizer with these changes first, and name its folder as `base_model`"),
     quant=("bnb_config_kwargs gptq gptq_disable_exllama qlora_sharded_model_loading", "use `load_in_4bit` or `load_in_8bit`"),
-    place=("gpu_memory_limit max_memory low_cpu_mem_usage lora_on_cpu device_map device", "remove it: the model goes to the best device"),
+    place=("gpu_memory_limit max_memory low_cpu_mem_usage device_map device", "remove it: the model goes to the best device"),
     attention=("flex_attention flex_attn_compile_kwargs xformers_attention s2_attention flash_optimum attn_implementation=flash_attention_3 attn_implementation=flash_attention_4 "
         "attn_implementation=flex_attention attn_implementation=xformers", "use `flash_attention`, `sdp_attention` or `eager_attention`"),
     kernels=("torch_compile torch_compile_backend torch_compile_mode chunked_cross_entropy chunked_cross_entropy_num_chunks cut_cross_entropy liger_rope liger_rms_norm liger_layer_norm liger_glu_activation "
@@ -238,7 +238,8 @@ class PlacementOptions(Options):
     gpu_memory_limit:int|Size|None = _opt(None, "memory to use on each GPU: `20GiB`; a bare number is GiB")
     max_memory:dict[int|Literal["cpu","disk"],int|Size]|None = _opt(None, "memory to use on each device: `{0: 20GiB, cpu: 64GiB}`")
     low_cpu_mem_usage:bool|None = _opt(None, "load the weights without a second copy in memory")
-    lora_on_cpu:bool = _opt(False, "load the adapter into the memory of the CPU")
+    lora_on_cpu:bool = _opt(False, "merge the adapter on the CPU, even if there is a GPU")
+    merge_method:Literal["memory_efficient","legacy"] = _opt("memory_efficient", "merge layer by layer, or with the whole model in memory (`legacy`)")
     device_map:str|dict|None = _opt(None, "device of each part of the model; `auto` spreads it")
     device:str|None = _opt(None, "device to use, if not the best there is")
 
