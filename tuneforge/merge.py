@@ -171,7 +171,8 @@ def put_adapter(
     if config.is_prompt_learning: raise UserError(f"{folder} holds a {config.peft_type.value} adapter: it has no weights that could be merged")
     try: tensors,peft = load_file(folder/"adapter_model.safetensors"),PeftModel(model, config, low_cpu_mem_usage=True)
     except (SafetensorError, ValueError) as e: raise UserError(f"cannot use the adapter in {folder}: {e}") from e
-    there = {k: v.shape for k,v in peft.state_dict().items()}
+    there,copies = {k: v.shape for k,v in peft.state_dict().items()},(".modules_to_save.",".original_module.")
+    tensors = {k: v for k,v in tensors.items() if not any(c in k for c in copies)} # of a grown embedding PEFT saves these besides
     places = {k: k for k in tensors if k in there} | _places(peft) # PEFT saves embeddings that have grown under their own name
     if wrong := misfits({k: v.shape for k,v in tensors.items()}, {k: there[n] for k,n in places.items()}):
         more = f"\n  and {len(wrong)-3} more" if len(wrong)>3 else ""
@@ -297,7 +298,8 @@ def _merge_layer(layer, path, base, device):
         if dict(inner.named_parameters())[n].device.type=="meta": set_module_tensor_to_device(inner, n, device, value=base[f"{path}.{n}"].float())
     layer.to(device)
     while hasattr(layer, "base_layer"):
-        layer.merge(safe_merge=True)
+        try: layer.merge(safe_merge=True)
+        except ValueError as e: raise UserError(f"{path} cannot be merged: {e}") from e
         layer = layer.base_layer
     done = {n: inner.get_parameter(n).detach().cpu() for n in names}
     for n in names: set_module_tensor_to_device(inner, n, "meta")
@@ -320,7 +322,7 @@ def merged_tensors(
         else: found = {k: base[f"{path}.{k}".lstrip(".")] if v.device.type=="meta" else v for k,v in m.state_dict().items() if "." not in k}
         for n,t in found.items():
             name = f"{path}.{n}".lstrip(".")
-            if not torch.isfinite(t).all(): raise UserError(f"{name} is no longer finite after the merge: the adapter is broken")
+            if not torch.isfinite(t).all(): raise UserError(f"{name} is not finite: the adapter is broken, or its base")
             yield name,t.to(base[name].dtype)
 
 # %% ../nbs/50_merge.ipynb #1a2bbfd2
@@ -363,7 +365,7 @@ def _dress(model, tokenizer, folder, out):
     "Everything beside the weights"
     for name in ("generation_config.json","golden_prompts.json"):
         if (folder/name).is_file(): shutil.copy(folder/name, out)
-    model.config.use_cache,model.config.dtype = True,None
+    model.config.use_cache = True
     model.config.save_pretrained(out)
     if not (out/"generation_config.json").is_file(): model.generation_config.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -422,6 +424,10 @@ def _way(cfg, tokenizer):
     log.warning(f"the files of {cfg.base_model} have other names than its layers (they lack {lacks[0]}): the model is merged in memory as a whole")
     return _whole_merge
 
+def _say_other_base(cfg, folder):
+    said = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if said and said not in (cfg.base_model, str(resolve_model(cfg.base_model))): log.warning(f"the adapter was trained on {said}, and is merged into {cfg.base_model}")
+
 def _replace(part, out):
     "Put a finished folder into the place of an older one"
     old = out.with_name(f"{out.name}.{os.getpid()}.old")
@@ -440,6 +446,7 @@ def merge(
     folder,out = adapter_folder(cfg.lora_model_dir or cfg.output_dir),Path(out or Path(cfg.output_dir)/"merged")
     files = set(weight_files(resolve_model(cfg.base_model), cfg.revision_of_model).values())
     _ready(out, sum(f.stat().st_size for f in files))
+    _say_other_base(cfg, folder)
     tokenizer,device = load_tokenizer(cfg),"cpu" if cfg.lora_on_cpu else best_device()
     asked = probes(folder, len(tokenizer))
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
