@@ -44,6 +44,8 @@ from .train import *
 from .merge import *
 from .infer import *
 from .evaluate import *
+from .talk import *
+from .score import *
 from .quickstart import *
 
 __all__ = [_o for _o in dir() if not _o.startswith("_")]
