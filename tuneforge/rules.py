@@ -95,7 +95,7 @@ NEEDS = {
     "mlflow_experiment_name|use_mlflow": "mlflow_tracking_uri mlflow_run_name hf_mlflow_log_artifacts", "comet_project_name|use_comet": "comet_api_key comet_workspace comet_experiment_key comet_mode comet_online comet_experiment_config",
     "dataset_shard_num": "dataset_shard_idx", "test_datasets": "eval_sequence_len", "val_set_size|test_datasets": "eval_steps eval_strategy early_stopping_patience load_best_model_at_end eval_table_size do_causal_lm_eval generate_samples",
     "optimizer=adamw_anyprecision": "torchdistx_path", "optimizer=came_pytorch": "adam_beta3 adam_epsilon2", "lr_scheduler=cosine": "cosine_min_lr_ratio lr_quadratic_warmup", "cosine_min_lr_ratio": "cosine_constant_lr_ratio",
-    "lr_scheduler=one_cycle": "lr_div_factor", "lr_scheduler!=constant": "warmup_steps warmup_ratio", "tokenizer_engine!=hf": "tokenizer_verify"}
+    "lr_scheduler=one_cycle": "lr_div_factor", "lr_scheduler!=constant": "warmup_steps warmup_ratio", "tokenizer_engine!=hf": "tokenizer_verify", "temperature": "top_p top_k min_p"}
 "condition -> keys that do nothing where it does not hold"
 
 @rule
@@ -241,6 +241,10 @@ def _packing_gets_along(cfg):
 @rule
 def _answers_need_whole_rows(cfg):
     if cfg.do_causal_lm_eval and cfg.eval_sample_packing: yield "do_causal_lm_eval", "answers cannot be taken from packed rows: set `eval_sample_packing: false`"
+
+@rule
+def _comet_is_another_model(cfg):
+    if "comet" in (cfg.eval_causal_lm_metrics or []): yield "eval_causal_lm_metrics", "`comet` scores with a model of its own, which is not fetched here: let unbabel-comet score the answers that `tuneforge inference --input` writes, and leave it out"
 
 @rule
 def _flattening_needs_flash(cfg):
