@@ -80,7 +80,7 @@ def test_instructions(type, row, prompt, response, kind, bos):
 def test_every_format_is_tested():
     styled = {f"{n}:{s}" for n in ("alpaca", "explainchoice", "jeopardy", "oasst", "gpteacher", "reflection") for s in STYLES}
     others = {"completion", "pretrain", "input_output", "pygmalion", "llama2_chat", "metharme", "reflection", "creative_acr.load_answer", "creative_acr.load_critique", "creative_acr.load_revise",
-        "chat_template", "sharegpt", "messages", "messages.chat", "alpaca_chat.load"}
+        "chat_template", "sharegpt", "messages", "messages.chat", "alpaca_chat.load", "tokens"}
     assert set(FORMATS)-{c[0] for c in CASES if isinstance(c[0], str)}-styled-others-{"test:own"}==set()
 
 

@@ -49,7 +49,7 @@ def ways(condition):
 @pytest.mark.parametrize("condition", NEEDS)
 def test_needs(condition):
     no_effect = lambda k, ms: any(m.startswith(f"`{k}` has no effect without") for m in ms)
-    without = dict(lr_scheduler="constant") if condition.startswith("lr_scheduler") else {}
+    without = dict(lr_scheduler="constant") if condition.startswith("lr_scheduler") else dict(tokenizer_engine="hf") if condition.startswith("tokenizer_engine") else {}
     for k in NEEDS[condition].split():
         assert no_effect(k, said(**without, **{k: sample(k)})), k
         for way in ways(condition):
@@ -77,7 +77,8 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "packing_gets_along": (dict(sample_packing=True, rl="dpo"), "cannot be packed", dict(rl="dpo")),
     "comet_is_another_model": (dict(do_causal_lm_eval=True, val_set_size=0.1, eval_causal_lm_metrics=["chrf", "comet"]), "a model of its own", dict(do_causal_lm_eval=True, val_set_size=0.1, eval_causal_lm_metrics=["chrf"])),
     "answers_need_whole_rows": (dict(do_causal_lm_eval=True, val_set_size=0.1, sample_packing=True, eval_sample_packing=True), "from packed rows", dict(do_causal_lm_eval=True, val_set_size=0.1)),
-    "flattening_needs_flash": (dict(batch_flattening=True, micro_batch_size=2), "needs `flash_attention: true`", dict(batch_flattening=True, flash_attention=True, micro_batch_size=2)),
+    "order_is_one": (dict(sample_packing=True, packing="tight", curriculum_sampling=True), "contradict each other", dict(sample_packing=True, curriculum_sampling=True)),
+    "flattening_fills_rows": (dict(batch_flattening=True, micro_batch_size=2, pad_to_sequence_len=True), "undoes `batch_flattening`", dict(batch_flattening=True, micro_batch_size=2)),
     "quantised_base_needs_adapter": (dict(load_in_4bit=True), "needs an adapter", dict(load_in_4bit=True, adapter="qlora", lora_target_linear=True)),
     "adapter_has_targets": (dict(adapter="lora"), "say what to adapt", dict(adapter="lora", lora_target_modules=["q"])),
     "targets_are_a_pattern": (dict(adapter="lora", lora_target_modules="q_proj("), "no regular expression", dict(adapter="lora", lora_target_modules=".*(q|k)_proj")),
@@ -91,14 +92,30 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "cut_loss_is_half_precision": (dict(cut_cross_entropy=True, float32=True), "remove `float32`", dict(cut_cross_entropy=True)),
     "rows_are_whole": (dict(val_set_size=1.5), "neither a fraction", dict(val_set_size=2)),
     "keys_for_conversations": (dict(eot_tokens=["x"]), "no effect without conversations", dict(eot_tokens=["x"], datasets=[CHAT])),
+    "one_resume": (dict(resume="auto", resume_from_checkpoint="x"), "give only one of `resume`, `resume_from_checkpoint`", dict(resume="auto", auto_resume_from_checkpoints=False)),
+    "arguments_of_the_optimizer": (dict(optim_args="fused"), "`fused` is no `key=value`", dict(optim_args="betas=(0.9, 0.95),fused=true")),
+    "whole_optimizers": (dict(optimizer="apollo_adamw"), "needs `optim_target_modules`", dict(optimizer="apollo_adamw", optim_target_modules="all_linear")),
+    "patterns_of_names": (dict(lr_groups=[dict(name="a", modules=["b", "c("], lr=1)]), "`c(` is no regular expression", dict(lr_groups=[dict(name="a", modules=["b", "c.*"], lr=1)])),
+    "arguments_of_the_schedule": (dict(lr_scheduler_kwargs=dict(power=2)), "`power` has no effect with `lr_scheduler: cosine`, which reads `num_cycles`", dict(lr_scheduler_kwargs=dict(power=2), lr_scheduler="polynomial")),
+    "schedules_of_their_own": (dict(lr_scheduler="greedy"), "follows the evaluations", dict(lr_scheduler="greedy", val_set_size=0.1)),
+    "teeth_have_room": (dict(jagged_restart_steps=11), "take 11 steps, and there are 11", dict(jagged_restart_steps=12)),
     "needs_moments": (dict(optimizer="adafactor", adam_beta1=0.8), "no effect with `optimizer: adafactor`", dict(adam_beta1=0.8)),
 }
+_LR = lambda **kw: dict(lr_scheduler_kwargs=kw)
 ALSO = [ # further branches of the same rules
+    (dict(optim_args=dict(weight_decay=1)), "has a key of its own: `weight_decay`"), (dict(optim_args="lr=1"), "`learning_rate`"), (dict(optimizer="lomo", gradient_accumulation_steps=2), "`gradient_accumulation_steps: 1`"),
+    (dict(optimizer="adalomo", batch_size=4, micro_batch_size=2), "`gradient_accumulation_steps: 1`"), (dict(optimizer="lomo", max_grad_norm=1), "never has all gradients"), (dict(optimizer="lomo", weight_decay=0.1), "treats all parameters alike"),
+    (dict(optimizer="galore_adamw", optim_target_modules=["*"]), "no regular expression"), (dict(lr_scheduler="constant") | _LR(power=2), "takes no arguments"), (dict(lr_scheduler="polynomial") | _LR(lr_end=1e-3), "is not under `learning_rate` 0.0001"),
+    (dict(lr_scheduler="cosine_with_min_lr"), "needs one of `min_lr` and `min_lr_rate`"), (dict(lr_scheduler="cosine_with_min_lr") | _LR(min_lr=1e-6, min_lr_rate=0.1), "needs one of"), (dict(lr_scheduler="one_cycle", lr_div_factor=5) | _LR(div_factor=5), "give one"),
+    (dict(lr_scheduler="one_cycle", warmup_steps=5) | _LR(pct_start=0.3), "give one"), (dict(lr_scheduler="one_cycle") | _LR(pct_start=0.7, three_phase=True), "0.5 or less"), (dict(lr_scheduler="greedy", val_set_size=0.1, eval_strategy="no"), "follows the evaluations"),
+    (dict(optimizer="schedule_free_adamw", lr_scheduler="linear"), "write `lr_scheduler: constant`"), (dict(optimizer="schedule_free_adamw", cosine_min_lr_ratio=0.1), "does without a schedule"), (dict(optimizer="schedule_free_radam", warmup_steps=3), "does without a schedule"),
+    (dict(jagged_restart_steps=99, lr_scheduler="one_cycle"), "cannot be restarted"), (dict(optimizer="lion_8bit", adam_epsilon=1e-6), "no effect with `optimizer: lion_8bit`"),
     (dict(streaming=True, max_steps=5, val_set_size=0.1), "cannot be taken from a stream"), (dict(streaming=True, max_steps=5, dataset_exact_deduplication=True), "searched for duplicates"),
     (dict(streaming=True, max_steps=5, sample_packing=True, datasets=[dict(path="a"), dict(path="b")]), "only one dataset"), (dict(datasets=[CHAT | dict(chat_template="jinja")]), "needs `chat_template_jinja`"),
     (dict(chat_template="chatml", chat_template_jinja="x"), "contradicts"), (dict(datasets=[dict(path="y", type="alpaca", field="x")]), "`type: completion`"), (dict(save_strategy="steps"), "needs `save_steps`"), (dict(save_strategy="no", saves_per_epoch=2), "contradicts"),
     (dict(mix_until="all_exhausted"), "`mix_until` has no effect"), (dict(dataset_shard_num=2), "say which of the 2 parts"), (dict(test_datasets=[dict(path="z", weight=1)]), "no effect in `test_datasets`"),
-    (dict(save_strategy="best"), "needs `metric_for_best_model`"), (dict(sample_packing=True, s2_attention=True), "shifts tokens"), (dict(sample_packing=True, eval_table_size=5, val_set_size=0.1), "from packed rows"),
+    (dict(save_strategy="best"), "needs `metric_for_best_model`"), (dict(sample_packing=True, s2_attention=True), "shifts tokens"), (dict(sample_packing=True, group_by_length=True), "all of one length"), (dict(group_by_length=True, curriculum_sampling=True), "contradict"),
+    (dict(sample_packing=True, sample_packing_sequentially=True, sample_packing_group_size=9), "no gap is closed"), (dict(sample_packing=True, packing="tight", sample_packing_group_size=9), "all samples"), (dict(sample_packing=True, eval_table_size=5, val_set_size=0.1), "from packed rows"),
     (dict(adapter="qlora", lora_target_linear=True), "needs `load_in_4bit: true`"), (dict(adapter="lora", lora_target_linear=True, unfrozen_parameters=["a"], peft_layers_to_transform=[1]), "both say what is trained"),
     (dict(adapter="lora", lora_target_parameters=["e"], lora_dropout=0.1), "allows no `lora_dropout`"), (dict(adapter="lora", lora_target_linear=True, relora_steps=9, lr_scheduler="one_cycle"), "restarts the schedule")]
 
@@ -119,7 +136,7 @@ def test_branch(fires, says): assert any(says in m for m in said(**fires)), said
 
 NOTED = {"evaluations_need_data": (dict(evals_per_epoch=4), "no effect without", dict(evals_per_epoch=4, val_set_size=0.1)), "pushed_when_saved": (dict(hub_model_id="a/b", save_strategy="no"), "once, at the end", dict(hub_model_id="a/b")),
     "shuffled_anyway": (dict(shuffle_before_merging_datasets=True), "has no effect while", dict(shuffle_before_merging_datasets=True, shuffle_merged_datasets=False)),
-    "flattening_one_row": (dict(batch_flattening=True, flash_attention=True), "has no effect with `micro_batch_size: 1`", dict(batch_flattening=True, flash_attention=True, micro_batch_size=2)),
+    "flattening_one_row": (dict(batch_flattening=True), "has no effect with `micro_batch_size: 1`", dict(batch_flattening=True, micro_batch_size=2)),
     "run_without_a_name": (dict(wandb_project="p", wandb_run_id="r"), "named after", dict(wandb_project="p", wandb_run_id="r", wandb_name="n"))}
 
 

@@ -34,7 +34,7 @@ def test_same_as_a_bare_loop(data, tmp_path):
     torch.manual_seed(7)
     model = load_model(cfg, tok).train()
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
-    plan = plan_epochs([len(o) for o in ds["input_ids"]], 256, 3, 1, 2, seed=7, packing=False)[0]
+    plan = plan_epoch([len(o) for o in ds["input_ids"]], 256, 3, 1, 2, seed=7, way="single")
     want = []
     for step in plan.order[:5]:
         rows = [plan.bin(i)[0] for i in step.ravel()]
@@ -83,6 +83,19 @@ def test_steps_are_known_before(data, tmp_path):
     assert len(plans)==2
 
 
+@pytest.mark.parametrize("kw, epochs", [(dict(num_epochs=1.5), 1.5), (dict(num_epochs=3, max_steps=4), None), (dict(max_steps=9), None), (dict(num_epochs=0.3), 0.3)], ids=str)
+def test_the_steps_shown_are_the_steps_run(data, tmp_path, kw, epochs):
+    "In the plan, in the run, and in the schedule, which reaches zero one step after the last"
+    cfg = config(data, tmp_path, micro_batch_size=2, gradient_accumulation_steps=2, sample_packing=True, lr_scheduler="linear", **kw)
+    plans, steps = plan_run(cfg, sample_lengths(prepare_data(cfg, load_tokenizer(cfg)).train))
+    assert steps==(kw.get("max_steps") or -(-int(epochs*10)*plans[0].steps//10))
+    r = train(cfg)
+    rates = [h["learning_rate"] for h in r.history if "loss" in h]
+    assert r.metrics["steps"]==steps==len(rates) and r.plan.startswith(f"{steps} steps")
+    assert rates==pytest.approx([1e-3*(1-i/steps) for i in range(steps)])
+    assert r.metrics["tokens"]==sum(RunPlan(plans, steps).step_tokens)
+
+
 def test_resuming_is_not_having_stopped(data, tmp_path):
     kw = dict(micro_batch_size=2, sample_packing=True, num_epochs=2, save_strategy="steps", save_steps=3, lora_dropout=0.1, lr_scheduler="cosine", **LORA)
     whole = train(config(data, tmp_path/"whole", **kw))
@@ -119,8 +132,11 @@ def test_a_hopeless_run_stops(data, tmp_path):
 
 
 def test_packing_is_refused_where_it_leaks(data, tmp_path):
-    with pytest.raises(LeakError, match="sample_packing"): train(config(data, tmp_path/"out", base_model="tiny:falcon", sample_packing=True))
+    with pytest.raises(LeakError, match="sample_packing.*ALiBi"): train(config(data, tmp_path/"out", base_model="tiny:bloom", sample_packing=True))
     assert not (tmp_path/"out").exists()
+    off = dict(sample_packing=True, packing_check="off", max_steps=1)
+    assert train(config(data, tmp_path/"out", base_model="tiny:jamba", **off)).metrics["steps"]==1
+    with pytest.raises(UserError, match="takes none"): train(config(data, tmp_path/"none", base_model="tiny:bloom", **off))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

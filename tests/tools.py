@@ -55,3 +55,11 @@ def serving(handler, pem=None):
         server.shutdown()
         if pem: os.environ.pop("SSL_CERT_FILE")
         if was: os.environ["SSL_CERT_FILE"] = was
+
+
+def forks(phases, folder, port):
+    "Trainings one after the other, each with its ranks, as forks of one process: what came of each (see tests/forks.py)"
+    (folder/"spec.json").write_text(json.dumps(phases))
+    res = run(sys.executable, "-m", "tests.forks", folder/"spec.json", port, cwd=ROOT, env=dict(PYTHONPATH=str(ROOT)), timeout=3600)
+    assert res.returncode==0, res.stderr[-3000:]
+    return [json.loads(l[6:]) for l in res.stdout.splitlines() if l.startswith("PHASE ")]

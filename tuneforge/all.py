@@ -34,9 +34,11 @@ from .dataset import *
 from .packing import *
 from .inspect import *
 from .audit import *
+from .strips import *
 from .models import *
 from .attention import *
 from .adapters import *
+from .schedules import *
 from .optim import *
 from .callbacks import *
 from .checkpoint import *

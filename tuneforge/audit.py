@@ -27,7 +27,7 @@ def _ends(tokenizer): return np.array(sorted(set(tokenizer.all_special_ids) | {i
 def _record(sample, opts, ends, last):
     "What the table says of a sample; `last`: no other piece of its row follows"
     trained = np.flatnonzero(sample.labels[1:]!=IGNORE)+1
-    odd = _WHY[drop_reason(sample, opts)]
+    odd = _WHY[int(drop_reason(len(sample), len(trained), sample.cut, opts))]
     if odd is None and last and len(trained) and sample.labels[trained[-1]] not in ends: odd = "stop"
     turns = len({s.turn for s in sample.segments if s.turn>=0})
     return dict(tokens=len(sample), trained=len(trained), share=round(len(trained)/max(1, len(sample)), 3), turns=turns, odd=odd or "")

@@ -63,10 +63,11 @@ def preview(
 
 def train(
     cfg, # the run's `Config`
+    allow_drift:bool=False, # go on from a checkpoint though config or data have changed since
 ):
     "Fine-tune: from a config to a folder with a model or an adapter"
     from tuneforge.all import train as run
-    print(run(cfg))
+    print(run(cfg, allow_drift=allow_drift))
 
 # %% ../nbs/60_cli.ipynb #7767546a
 def merge_lora(

@@ -64,7 +64,7 @@ def field_names(
     return [k for k,f in group.model_fields.items() if not f.exclude]
 
 # %% ../nbs/05_config.ipynb #0278cb9f
-PLACES = {"": AllOptions, "datasets[]": DatasetOptions, "special_tokens": SpecialTokens, "pretraining_dataset[]": PretrainingDataset, "lr_groups[]": LearningRateGroup, "datasets[].type": CustomFormat}
+PLACES = {"": AllOptions, "datasets[]": DatasetOptions, "special_tokens": SpecialTokens, "pretraining_dataset[]": PretrainingDataset, "lr_groups[]": LearningRateGroup, "lr_scheduler_kwargs": ScheduleArgs, "datasets[].type": CustomFormat}
 "Where keys can stand, and which group's they are"
 
 def _where(place): return f"valid under `{place}`" if place else "valid at the top level"

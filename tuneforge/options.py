@@ -11,9 +11,9 @@ __all__ = ['NOT_YET', 'Size', 'AnyDataset', 'Optimizer', 'Schedule', 'TOPICS', '
            'PlacementOptions', 'AttentionOptions', 'KernelOptions', 'OldKernelOptions', 'ModelOptions', 'SourceOptions',
            'CustomFormat', 'FormatOptions', 'ChatOptions', 'DatasetOptions', 'PreferenceDataset', 'KtoDataset',
            'PretrainingDataset', 'PreparedOptions', 'DataOptions', 'PackingOptions', 'OldPackingOptions', 'LoraOptions',
-           'PartialOptions', 'OptimOptions', 'LearningRateGroup', 'ScheduleOptions', 'EvalOptions', 'TrainOptions',
-           'LoggingOptions', 'DistributedOptions', 'PreferenceOptions', 'SamplingOptions', 'GradioOptions',
-           'FileOptions', 'AllOptions', 'topic']
+           'PartialOptions', 'OptimOptions', 'CurveArgs', 'ScheduleArgs', 'LearningRateGroup', 'ScheduleOptions',
+           'EvalOptions', 'TrainOptions', 'LoggingOptions', 'DistributedOptions', 'PreferenceOptions',
+           'SamplingOptions', 'GradioOptions', 'FileOptions', 'AllOptions', 'topic']
 
 # %% ../nbs/01_options.ipynb #d6f51680
 import re
@@ -79,7 +79,7 @@ def _block(t, args):
 def _table(**topics): return {k: advice for keys,advice in topics.values() for k in keys.split()}
 
 NOT_YET = _table(
-    half=("bf16=full", "use `bfloat16: true`"), tf32=("tf32=auto", "say true or false"), noise=("neftune_noise_alpha loraplus_lr_ratio loraplus_lr_embedding", "remove it: the run works without"),
+    half=("bf16=full", "use `bfloat16: true`"), tf32=("tf32=auto", "say true or false"), noise=("neftune_noise_alpha", "remove it: the run works without"),
     texts=("pretraining_dataset streaming", "name the texts under `datasets`, with `type: completion`"), token=("hf_use_auth_token", "remove it: a token from `hf auth login` or `HF_TOKEN` is used by itself"),
     loading=("dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor accelerator_config", "remove it: batches are made while the last one is computed"),
     model=("base_model_config base_model_ignore_patterns trust_remote_code cls_model_config processor_type model_kwargs overrides_of_model_config tokenizer_legacy "
@@ -87,30 +87,24 @@ NOT_YET = _table(
         "save the model or tokenizer with these changes first, and name its folder as `base_model`"),
     quant=("bnb_config_kwargs gptq gptq_disable_exllama qlora_sharded_model_loading", "use `load_in_4bit` or `load_in_8bit`"),
     place=("gpu_memory_limit max_memory low_cpu_mem_usage device_map device", "remove it: the model goes to the best device"),
-    attention=("flex_attention flex_attn_compile_kwargs xformers_attention s2_attention flash_optimum attn_implementation=flash_attention_3 attn_implementation=flash_attention_4 "
-        "attn_implementation=flex_attention attn_implementation=xformers", "use `flash_attention`, `sdp_attention` or `eager_attention`"),
+    attention=("flex_attn_compile_kwargs xformers_attention s2_attention flash_optimum attn_implementation=flash_attention_3 attn_implementation=flash_attention_4 "
+        "attn_implementation=xformers", "use `flash_attention`, `flex_attention`, `sdp_attention` or `eager_attention`"),
     kernels=("torch_compile torch_compile_backend torch_compile_mode chunked_cross_entropy chunked_cross_entropy_num_chunks cut_cross_entropy liger_rope liger_rms_norm liger_layer_norm liger_glu_activation "
         "liger_cross_entropy liger_fused_linear_cross_entropy plugins gc_steps torch_empty_cache_steps activation_offloading gradient_checkpointing=unsloth gradient_checkpointing=offload "
         "gradient_checkpointing=offload_disk flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_fuse_mlp unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o "
         "unsloth_rms_norm unsloth_rope", "remove it: the result is the same, with more memory or time"),
     sources=("datasets.trust_remote_code",
         "save the rows that the code makes as a file first"),
-    data=("push_dataset_to_hub skip_prepare_dataset tokenizer_engine=auto tokenizer_engine=tokie tokenizer_engine=gigatoken "
-        "tokenizer_verify", "prepare the data that way before, and remove it"))
+    data=("push_dataset_to_hub skip_prepare_dataset", "prepare the data that way before, and remove it"))
 
 # %% ../nbs/01_options.ipynb #1c3773a1
 NOT_YET |= _table(
-    packing=("auto_find_batch_size packing=tight packing_check=off sample_packing_sequentially pad_to_multiple_of curriculum_sampling batch_flattening group_by_length pretraining_sample_concatenation "
+    packing=("auto_find_batch_size pretraining_sample_concatenation "
         "pretrain_multipack_buffer_size streaming_multipack_buffer_size pretrain_multipack_attn=False use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks", "remove it, or use `sample_packing: true`"),
     adapters=("adapter=llama-adapter peft_adapter lora_target_parameters peft_init_lora_weights peft_trainable_token_indices peft_ensure_weight_tying peft relora relora_steps relora_warmup_steps "
-        "relora_anneal_steps relora_prune_ratio relora_cpu_offload jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps unfrozen_parameters lisa_n_layers lisa_step_interval "
+        "relora_anneal_steps relora_prune_ratio relora_cpu_offload unfrozen_parameters lisa_n_layers lisa_step_interval "
         "lisa_layers_attribute", "use `adapter: lora`, or train all weights"),
-    optim=("optim_args optim_target_modules torchdistx_path embedding_lr embedding_lr_scale lr_groups lr_scheduler_kwargs lr_quadratic_warmup cosine_min_lr_ratio "
-        "cosine_constant_lr_ratio lr_div_factor adam_beta3 adam_epsilon2 "
-        "optimizer=lion_pytorch optimizer=optimi_adamw optimizer=ao_adamw_4bit optimizer=ao_adamw_8bit optimizer=ao_adamw_fp8 optimizer=adopt_adamw optimizer=muon optimizer=came_pytorch optimizer=adamw_apex_fused "
-        "lr_scheduler=cosine_with_restarts lr_scheduler=polynomial lr_scheduler=inverse_sqrt lr_scheduler=reduce_lr_on_plateau lr_scheduler=cosine_with_min_lr lr_scheduler=cosine_warmup_with_min_lr "
-        "lr_scheduler=warmup_stable_decay lr_scheduler=greedy lr_scheduler=one_cycle lr_scheduler=rex", "use `optimizer: adamw_torch` with `lr_scheduler: cosine`, `linear` or `constant_with_warmup`"),
-    early=("save_first_step profiler_steps profiler_steps_start", "remove it: it changes nothing about the result"),
+    early=("profiler_steps profiler_steps_start", "remove it: it changes nothing about the result"),
     run=("save_strategy=best hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size "
         "generate_samples num_generation_samples generation_max_new_tokens generation_temperature",
         "remove it, and evaluate or push the saved checkpoints afterwards"),
@@ -251,7 +245,7 @@ class AttentionOptions(Options):
     flash_attention:bool|None = _opt(None, "prefer FlashAttention 2; where it cannot run, sdpa is used and said so")
     sdp_attention:bool|None = _opt(None, "torch's scaled dot product attention")
     eager_attention:bool|None = _opt(None, "plain attention in matrix products")
-    flex_attention:bool|None = _opt(None, "torch's FlexAttention, compiled")
+    flex_attention:bool|None = _opt(None, "prefer torch's FlexAttention, compiled, on a GPU; where it cannot run, sdpa is used and said so")
     flex_attn_compile_kwargs:dict|None = _opt(None, "how FlexAttention is compiled")
     xformers_attention:bool|None = _opt(None, "memory-efficient attention of xFormers")
     s2_attention:bool|None = _opt(None, "shifted sparse attention (LongLoRA)")
@@ -418,8 +412,8 @@ class PreparedOptions(Options):
     dataset_shard_idx:int|None = _opt(None, "which part, from 0", ge=0)
     skip_prepare_dataset:bool = _opt(False, "pass raw rows to the collator (images)")
     remove_unused_columns:bool|None = _opt(None, "drop columns that the model does not take; here there are none")
-    tokenizer_engine:Literal["auto","hf","tokie","gigatoken"] = _opt("hf", "what tokenises: Hugging Face's tokenizers, or a faster engine that is first checked against them")
-    tokenizer_verify:int|Literal["all"] = _opt(2000, "texts of each dataset on which a faster engine is compared")
+    tokenizer_engine:Literal["auto","hf","tokie","gigatoken"] = _opt("auto", "what tokenises: Hugging Face's tokenizers, or a faster engine (`pip install 'tuneforge[fast]'`) that is first checked against them; `auto`: the fastest that is installed and gives the same ids")
+    tokenizer_verify:Annotated[int,Field(gt=0)]|Literal["all"] = _opt(2000, "rows of each dataset on which a faster engine is compared with Hugging Face's tokenizers")
     dataloader_num_workers:int|None = _opt(None, "processes that collate batches", ge=0)
     dataloader_pin_memory:bool|None = _opt(None, "collate into pinned memory")
     dataloader_prefetch_factor:int|None = _opt(None, "batches that each of these processes makes ahead", gt=0)
@@ -472,7 +466,12 @@ class PackingOptions(Options):
     eval_sample_packing:bool|None = _opt(None, "the same for evaluation; blank: as `sample_packing`")
     packing:Literal["fill","tight"] = _opt("fill", "`fill`: in shuffled order, gaps closed from a look-ahead; `tight`: best fit decreasing, at the price of mixing samples by length")
     packing_check:Literal["on","off"] = _opt("on", "prove on the model that samples in a row do not see each other, before training")
-    sample_packing_sequentially:bool = _opt(False, "pack in the order of the data")
+    sample_packing_sequentially:bool = _opt(False, "close a row at the first sample that does not fit: it holds neighbours, and more of it stays empty")
+    sample_packing_group_size:int|None = _opt(None, "samples that are looked through for one that closes a gap; blank: a fiftieth of all, 200 to 10,000", gt=0)
+    sample_packing_bin_size:int|None = _opt(None, "most samples in a row; blank: as many as fit", gt=0)
+    curriculum_sampling:bool = _opt(False, "train in the order of the data, in every epoch")
+    group_by_length:bool = _opt(False, "put samples of like length into a step, so that there is less padding; not with `sample_packing`")
+    batch_flattening:bool|Literal["auto"]|None = _opt(None, "join the samples of a batch into one row without padding, isolated from each other; `auto`: with FlashAttention")
     pad_to_sequence_len:bool|None = _opt(None, "pad every batch to `sequence_len`; blank: only with `sample_packing`")
     pad_to_multiple_of:int|None = _opt(None, "pad every batch to a multiple of this", gt=0)
 
@@ -480,17 +479,12 @@ OptionTable(PackingOptions)
 
 # %% ../nbs/01_options.ipynb #44faafa3
 class OldPackingOptions(Options):
-    "Packing as Axolotl describes it, and other orders of the data"
+    "Packing as Axolotl describes it, and streams"
     sample_packing_eff_est:float|None = _opt(None, "estimated share of a packed row that is full; here it is counted", gt=0)
-    sample_packing_group_size:int = _opt(100_000, "samples among which a row is filled; here a look-ahead of a few thousand is enough", gt=0)
-    sample_packing_bin_size:int = _opt(200, "most samples in a row; here there is no such limit", gt=0)
     sample_packing_mp_start_method:str|None = _opt(None, "how packing starts its processes; here it needs none")
     total_num_tokens:int|None = _opt(None, "tokens in the data; here they are counted")
     total_supervised_tokens:int|None = _opt(None, "trained tokens in the data; here they are counted")
     multipack_real_batches:bool|None = _opt(None, "keep rows of a packed batch apart; here they always are")
-    curriculum_sampling:bool = _opt(False, "train in the order of the data")
-    batch_flattening:bool|Literal["auto"]|None = _opt(None, "join the samples of a batch into one row without padding")
-    group_by_length:bool = _opt(False, "put samples of like length into a batch")
     pretraining_sample_concatenation:bool|None = _opt(None, "join texts of a stream to rows of `sequence_len`")
     pretrain_multipack_buffer_size:int = _opt(10_000, "texts of a stream among which rows are packed", gt=0)
     streaming_multipack_buffer_size:int = _opt(10_000, "samples of a stream among which rows are packed", gt=0)
@@ -565,42 +559,85 @@ Schedule = Literal["cosine","linear","constant","constant_with_warmup","cosine_w
 class OptimOptions(Options):
     "Optimizer and schedule"
     learning_rate:float = Field(description="peak learning rate", gt=0)
-    optimizer:Optimizer = _opt("adamw_torch", "optimizer; the names with `8bit` and `paged` need bitsandbytes")
+    optimizer:Optimizer = _opt("adamw_torch", "optimizer; many need a package that an extra brings, and say which")
     lr_scheduler:Schedule = _opt("cosine", "how the learning rate falls")
-    warmup_steps:int|None = _opt(None, "steps of linear warmup; blank: 3 % of all steps, at most 100", ge=0)
+    warmup_steps:int|None = _opt(None, "steps of warmup; blank: 3 % of all steps, at most 100", ge=0)
     warmup_ratio:float|None = _opt(None, "the same as a fraction of all steps", ge=0, lt=1)
-    weight_decay:float = _opt(0.0, "decoupled weight decay, on matrices only", ge=0)
+    weight_decay:float = _opt(0.0, "weight decay, on matrices only: norms and biases are vectors", ge=0)
     max_grad_norm:float = _opt(1.0, "clip the gradient's norm to this; 0: never", ge=0)
-    adam_beta1:float = _opt(0.9, "Adam: decay of the first moment", ge=0, lt=1)
-    adam_beta2:float = _opt(0.999, "Adam: decay of the second moment", ge=0, lt=1)
-    adam_beta3:float|None = _opt(None, "CAME: decay of the confidence", ge=0, lt=1)
-    adam_epsilon:float = _opt(1e-8, "Adam: added to the denominator", gt=0)
-    adam_epsilon2:float|None = _opt(None, "CAME: the second epsilon", gt=0)
+    adam_beta1:float = _opt(0.9, "Adam and its kin: decay of the first moment", ge=0, lt=1)
+    adam_beta2:float = _opt(0.999, "Adam and its kin: decay of the second moment", ge=0, lt=1)
+    adam_beta3:float|None = _opt(None, "AdEMAMix: decay of the slow moment; CAME: decay of the confidence; blank: 0.9999", ge=0, lt=1)
+    adam_epsilon:float = _opt(1e-8, "Adam and its kin: added to the denominator; CAME takes 1e-30 where this is blank", gt=0)
+    adam_epsilon2:float|None = _opt(None, "CAME: the second epsilon; blank: 1e-16", gt=0)
 
 OptionTable(OptimOptions)
+
+# %% ../nbs/01_options.ipynb #c0a1f7e2
+_Bend = Literal["linear","cosine","1-sqrt"]
+
+class CurveArgs(Options):
+    "Arguments of the curves that fall once"
+    num_cycles:float|None = _opt(None, "cosine: waves, 0.5 for a fall; cosine_with_restarts: falls", gt=0)
+    power:float|None = _opt(None, "polynomial: the exponent; blank: 1", gt=0)
+    lr_end:float|None = _opt(None, "polynomial: the last learning rate; blank: 1e-7", ge=0)
+    timescale:int|None = _opt(None, "inverse_sqrt: steps to 0.7 of the peak; blank: the warmup, or 10000", gt=0)
+    min_lr:float|None = _opt(None, "lowest learning rate", ge=0)
+    min_lr_rate:float|None = _opt(None, "the same as a fraction of the peak", ge=0, le=1)
+    warmup_lr_rate:float|None = _opt(None, "cosine_warmup_with_min_lr: fraction of the peak to begin at", ge=0, le=1)
+    num_decay_steps:int|None = _opt(None, "warmup_stable_decay: steps of the fall; blank: a tenth of all", gt=0)
+    num_stable_steps:int|None = _opt(None, "warmup_stable_decay: level steps; blank: what is left", ge=0)
+    warmup_type:_Bend|None = _opt(None, "warmup_stable_decay: shape of the rise; blank: linear")
+    decay_type:_Bend|None = _opt(None, "warmup_stable_decay: shape of the fall; blank: cosine")
+    min_lr_ratio:float|None = _opt(None, "warmup_stable_decay: fraction of the peak at both ends", ge=0, le=1)
+
+OptionTable(CurveArgs)
+
+# %% ../nbs/01_options.ipynb #c0a1f7e3
+class ScheduleArgs(CurveArgs):
+    "Arguments of a schedule: each belongs to some of them"
+    pct_start:float|None = _opt(None, "one_cycle: part of the run in which the rate rises; blank: the warmup", gt=0, lt=1)
+    div_factor:float|None = _opt(None, "one_cycle: as `lr_div_factor`", ge=1)
+    final_div_factor:float|None = _opt(None, "one_cycle: the last rate is the first divided by this; blank: 10000", ge=1)
+    anneal_strategy:Literal["cos","linear"]|None = _opt(None, "one_cycle: shape of rise and fall; blank: cos")
+    three_phase:bool|None = _opt(None, "one_cycle: fall to the first rate as slowly as the rise was, then to the last")
+    mode:Literal["min","max"]|None = _opt(None, "reduce_lr_on_plateau, greedy: whether less or more of the metric is better; blank: min")
+    factor:float|None = _opt(None, "reduce_lr_on_plateau, greedy: what the rate is multiplied with; blank: 0.1 and 0.95", gt=0, lt=1)
+    patience:int|None = _opt(None, "reduce_lr_on_plateau, greedy: evaluations to wait; blank: 10", ge=0)
+    threshold:float|None = _opt(None, "reduce_lr_on_plateau, greedy: smaller changes don't count", ge=0)
+    threshold_mode:Literal["rel","abs"]|None = _opt(None, "reduce_lr_on_plateau, greedy: whether that is a fraction of the metric")
+    cooldown:int|None = _opt(None, "reduce_lr_on_plateau, greedy: evaluations to wait after a change", ge=0)
+    eps:float|None = _opt(None, "reduce_lr_on_plateau, greedy: smaller changes of the rate are not made", ge=0)
+    max_lr:float|None = _opt(None, "greedy: highest learning rate; blank: `learning_rate`", gt=0)
+    warmup:int|None = _opt(None, "greedy: evaluations to wait after a rise", ge=0)
+    smooth:bool|None = _opt(None, "greedy: look at a mean of the metric")
+    window_size:int|None = _opt(None, "greedy: evaluations in that mean; blank: 50", gt=0)
+    reset_start:int|None = _opt(None, "greedy: evaluations at the lowest rate before it begins anew; blank: 500", gt=0)
+
+OptionTable(ScheduleArgs)
 
 # %% ../nbs/01_options.ipynb #6be2d066
 class LearningRateGroup(Options):
     "Modules with a learning rate of their own"
     name:str = Field(description="name of the group, for the log")
-    modules:list[str] = Field(description="names of modules, or parts of them", min_length=1)
+    modules:list[str] = Field(description="names of parameters, or parts of them, as regular expressions: a parameter goes to the first group that finds it", min_length=1)
     lr:float = Field(description="peak learning rate", gt=0)
 
 class ScheduleOptions(Options):
     "More about optimizers and schedules"
-    optim_args:dict|str|None = _opt(None, "more arguments of the optimizer: a block, or `key=value,key=value`")
-    optim_target_modules:list[str]|Literal["all_linear"]|None = _opt(None, "layers that GaLore or APOLLO projects")
+    optim_args:dict|str|None = _opt(None, "more arguments of the optimizer, by the names that its class gives them: a block, or `key=value,key=value`")
+    optim_target_modules:list[str]|Literal["all_linear"]|None = _opt(None, "linear layers whose gradients GaLore or APOLLO projects: parts of their names, as regular expressions, or `all_linear`")
     torchdistx_path:str|None = _opt(None, "where torchdistx lies, for `adamw_anyprecision`")
-    embedding_lr:float|None = _opt(None, "learning rate of the embeddings", gt=0)
+    embedding_lr:float|None = _opt(None, "learning rate of the embeddings and the output layer, which then have no weight decay", gt=0)
     embedding_lr_scale:float|None = _opt(None, "the same as a multiple of `learning_rate`", gt=0)
     loraplus_lr_ratio:float|None = _opt(None, "LoRA+: how much faster B learns than A, such as 16 (arXiv 2402.12354)", gt=0)
     loraplus_lr_embedding:float = _opt(1e-6, "LoRA+: learning rate of adapters on embeddings", gt=0)
     lr_groups:list[LearningRateGroup]|None = _opt(None, "modules with learning rates of their own")
-    lr_scheduler_kwargs:dict|None = _opt(None, "more arguments of the schedule")
+    lr_scheduler_kwargs:ScheduleArgs|None = _opt(None, "more arguments of the schedule")
     lr_quadratic_warmup:bool = _opt(False, "warm up with the square of the step")
-    cosine_min_lr_ratio:float|None = _opt(None, "cosine falls to this fraction of the peak, instead of to 0", ge=0, le=1)
+    cosine_min_lr_ratio:float|None = _opt(None, "cosine and rex fall to this fraction of the peak, instead of to 0", ge=0, le=1)
     cosine_constant_lr_ratio:float|None = _opt(None, "fraction of the steps after which the rate stays there", gt=0, le=1)
-    lr_div_factor:float|None = _opt(None, "one_cycle: the first rate is the peak divided by this", gt=0)
+    lr_div_factor:float|None = _opt(None, "one_cycle: the first rate is the peak divided by this; blank: 25", gt=0)
     neftune_noise_alpha:float|None = _opt(None, "noise on the embeddings (NEFTune, arXiv 2310.05914)", gt=0)
 
 OptionTable(ScheduleOptions)
@@ -643,12 +680,13 @@ class TrainOptions(EvalOptions):
     save_strategy:Literal["no","steps","epoch","best"]|None = _opt(None, "when to write checkpoints; blank: `steps` if `save_steps` is given, else `epoch`")
     save_steps:int|float|None = _opt(None, "optimizer steps between checkpoints; below 1: a fraction of all steps", gt=0)
     saves_per_epoch:int|None = _opt(None, "checkpoints in each epoch", gt=0)
-    save_total_limit:int = _opt(4, "newest checkpoints to keep", gt=0)
-    save_only_model:bool = _opt(False, "checkpoints without optimizer state: smaller, cannot be resumed")
+    save_total_limit:int = _opt(4, "newest checkpoints to keep, besides the best one", gt=0)
+    save_only_model:bool = _opt(False, "checkpoints without optimizer state: smaller, cannot be resumed; a signal writes a full one")
     save_first_step:bool = _opt(False, "write a checkpoint after the first step, to see that it works")
     save_safetensors:bool = _opt(True, "weights as safetensors; there is no other way here")
-    resume_from_checkpoint:str|None = _opt(None, "checkpoint folder to go on from")
-    auto_resume_from_checkpoints:bool = _opt(False, "go on from the newest checkpoint in `output_dir`")
+    resume:str|None = _opt(None, "`auto`: go on from the newest whole checkpoint in `output_dir`, if there is one; a checkpoint folder: from that; `never`, or blank: begin anew")
+    resume_from_checkpoint:str|None = _opt(None, "checkpoint folder to go on from; as `resume` with a folder")
+    auto_resume_from_checkpoints:bool = _opt(False, "go on from the newest whole checkpoint in `output_dir`; as `resume: auto`")
     hub_model_id:str|None = _opt(None, "hub repository for the result (private)")
     hub_strategy:Literal["end","every_save","checkpoint","all_checkpoints"]|None = _opt(None, "what is pushed when")
     hub_revision:str|None = _opt(None, "branch to push to")
@@ -784,7 +822,7 @@ MOVED = {"rope_scaling": "it belongs to the model's own config.json, or under `o
 "Keys that are no more, and what took their place"
 
 # %% ../nbs/01_options.ipynb #8c4a08e6
-HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated", "sample_packing_group_size": "a look-ahead of a few thousand samples fills the rows", "sample_packing_bin_size": "a row holds as many samples as fit",
+HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated",
     "sample_packing_mp_start_method": "packing needs no processes", "total_num_tokens": "tokens are counted", "total_supervised_tokens": "tokens are counted", "multipack_real_batches": "rows of a packed batch are always kept apart",
     "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "datasets.preprocess_shards": "rows are always prepared in batches, in flat memory", "datasets.type.field": "`completion` names its column beside `type`",
     "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "tokenizer_use_fast": "only fast tokenizers are used",

@@ -67,6 +67,7 @@ class SourceReport:
     trained:int=0 # of them, carrying loss
     weight:float|None=None # share of the mixture that was asked for
     share:float|None=None # share that it got
+    engine:str="hf" # that made its tokens
     lengths:list=field(default_factory=list) # histogram of all samples that were made, `EDGES`
     roles:dict=field(default_factory=dict) # role -> [tokens, trained], in the rows that were compared
     bad:list=field(default_factory=list) # what is wrong with the first rows that are no good: `file:line: field …`

@@ -113,7 +113,9 @@ def made_once(
             part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")
             part.mkdir()
             try: make(part); publish(part, folder, parts)
-            finally: shutil.rmtree(part, ignore_errors=True) # gone already when all went well
+            finally:
+                shutil.rmtree(part, ignore_errors=True) # gone already when all went well
+                _lock_file(folder).unlink(missing_ok=True) # whoever waits for it notices, and takes a new one
             return True,f"prepared: {why}"
     except Exception as e: # a full disk comes in the clothes of many libraries; all else is raised as it came
         if disk_full(e): raise _no_room(folder.parent) from e
@@ -123,9 +125,11 @@ def _discard(old): # first out of sight: whoever looks meanwhile finds nothing, 
     if not old.name.endswith(".part"): old = old.rename(old.with_name(f"{old.name}.{uuid.uuid4().hex[:8]}.part"))
     shutil.rmtree(old, ignore_errors=True)
 
+def _lock_file(folder): return folder.with_name(f"{folder.name}.lock")
+
 def _lock(folder):
     "The lock of a folder, taken; says so when another process holds it"
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    lock = FileLock(_lock_file(folder))
     try: return lock.acquire(blocking=False)
     except Timeout: log.warning(f"another process prepares {folder}: waiting for it")
     return lock.acquire(poll_interval=0.2)

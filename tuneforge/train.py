@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/train.html.md"""
 
 # %% auto #0
 __all__ = ['total_steps', 'plan_run', 'PlanLoader', 'causal_loss', 'ForgeTrainer', 'mean_loss', 'training_arguments',
-           'stop_token_ids', 'make_trainer', 'step_tokens', 'train', 'save_run']
+           'stop_token_ids', 'flattens', 'prove_isolation', 'make_trainer', 'run_facts', 'train', 'save_run']
 
 # %% ../nbs/33_train.ipynb #4302daee
 import json,math,os
@@ -14,21 +14,23 @@ from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from .adapters import add_adapter, check_new_tokens
-from .attention import check_isolation, set_attention
+from .attention import NEED_MASK, Isolation, check_isolation, isolations, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
-from .checkpoint import Run, resume_from, write_text
-from .config import Config, ModelOptions, TrainOptions, log
-from .dataset import Prepared, prepare_data, sample_lengths
+from .checkpoint import ResumableTrainer, Run, data_facts, on_first_rank, plan_facts, resume_from, run_to_end, write_text
+from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserError, log
+from .dataset import Prepared, prepare_data
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval
 from .inspect import show_samples
 from .models import best_device, choose_precision, load_model
-from .optim import optimizer_name, schedule
-from .packing import Collator, PackPlan, plan_evaluation, plan_training
+from .optim import make_optimizer, make_scheduler, optimizer_name
+from .packing import Collator, PackPlan, RunPlan, count_steps, plan_evaluation, plan_training, sample_lengths
+from .schedules import LearningOptions
 from .tokens import IGNORE, load_tokenizer
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 # %% ../nbs/33_train.ipynb #a18a9322
 def total_steps(
@@ -36,12 +38,12 @@ def total_steps(
     steps_per_epoch:int, # from the packing plan
 ) -> int: # optimizer steps
     "Optimizer steps of the run"
-    if opts.max_steps and "num_epochs" not in opts.model_fields_set: return opts.max_steps
-    return min(math.ceil(opts.num_epochs*steps_per_epoch), opts.max_steps or math.inf)
+    steps_decide = opts.max_steps and "num_epochs" not in opts.model_fields_set
+    return count_steps(None if steps_decide else opts.num_epochs, opts.max_steps, steps_per_epoch)
 
 def plan_run(
     opts:Config, # packing, lengths, epochs
-    lengths:list[int], # tokens of each sample
+    lengths:np.ndarray, # tokens of each sample
     world_size:int=1, # ranks
 ) -> tuple[list[PackPlan],int]: # (a plan for each epoch, optimizer steps)
     "Plan all epochs of a run"
@@ -60,9 +62,12 @@ class _Bins(torch.utils.data.Dataset):
 
 class _PlanSampler:
     "The micro-batches of one rank; has no `batch_size`, so that accelerate leaves it alone"
-    def __init__(self, plans, rank): self.plans,self.rank,self.epoch = plans,rank,0
+    def __init__(self, plans, rank, start=0): self.plans,self.rank,self.start,self.epoch = plans,rank,start,0
     def set_epoch(self, epoch): self.epoch = epoch
-    def __iter__(self): return iter(self.plans[min(self.epoch, len(self.plans)-1)].batches(self.rank))
+    def __iter__(self):
+        plan = self.plans[min(self.epoch, len(self.plans)-1)]
+        epoch,step = divmod(self.start, plan.steps)
+        for order in plan.order[step if epoch==self.epoch else 0:]: yield from ([plan.bin(i) for i in rows] for rows in order[self.rank])
     def __len__(self): return self.plans[0].order[:,0,:,0].size
 
 class PlanLoader(DataLoader):
@@ -72,8 +77,10 @@ class PlanLoader(DataLoader):
         plans:list[PackPlan], # one for each epoch
         collator:Collator, # bins to tensors
         rank:int=0, # whose share
+        start:int=0, # optimizer step to begin with, from the first epoch on
     ):
-        super().__init__(_Bins(ds), batch_sampler=_PlanSampler(plans, rank), collate_fn=collator, pin_memory=torch.cuda.is_available())
+        super().__init__(_Bins(ds), batch_sampler=_PlanSampler(plans, rank, start), collate_fn=collator, pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator()) # its own: making an iterator draws a number, which would shift the dropout of a run that goes on
     def set_epoch(self, epoch): self.batch_sampler.set_epoch(epoch)
 
 # %% ../nbs/33_train.ipynb #4c42275b
@@ -88,29 +95,36 @@ def causal_loss(
     return total/((targets!=IGNORE).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 # %% ../nbs/33_train.ipynb #0f0bf1db
-class ForgeTrainer(Trainer):
+class ForgeTrainer(ResumableTrainer):
     "transformers' Trainer with our order, our schedule and our loss"
     def __init__(self,
         model, # to train
         args:TrainingArguments, # from `training_arguments`
         data:Prepared, # train and valid
         plans:list[PackPlan], # one for each epoch
-        lr_factor, # step -> factor of the learning rate
+        opts:LearningOptions, # optimizer and schedule
         collator:Collator, # for training
         eval_loader:DataLoader|None=None, # batches to evaluate on
-        **kwargs, # of Trainer
+        **kwargs, # of ResumableTrainer
     ):
-        self.plans,self.lr_factor,self.eval_loader = plans,lr_factor,eval_loader
+        self.plans,self.opts,self.eval_loader = plans,opts,eval_loader
         super().__init__(model, args, data_collator=collator, train_dataset=data.train, eval_dataset=data.valid,
             compute_loss_func=causal_loss, **kwargs)
-    def get_train_dataloader(self): return PlanLoader(self.train_dataset, self.plans, self.data_collator, self.args.process_index)
+    def get_train_dataloader(self): return PlanLoader(self.train_dataset, self.plans, self.data_collator, self.args.process_index, self.start)
+    def create_optimizer(self, model=None):
+        if self.optimizer is None: self.optimizer = make_optimizer(self.model if model is None else model, self.opts, self.args.max_steps)
+        return self.optimizer
     def create_scheduler(self, num_training_steps:int, optimizer=None):
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.lr_factor)
+        self.lr_scheduler = make_scheduler(optimizer or self.optimizer, self.opts, num_training_steps)
         return self.lr_scheduler
+    def _use_averages(self): # schedule-free optimizers evaluate and save other weights than they train; the next step switches back
+        if isinstance(self.optimizer, AcceleratedOptimizer): self.optimizer.eval()
     def save_model(self, output_dir=None, _internal_call=False):
+        self._use_averages()
         super().save_model(output_dir, _internal_call)
         (Path(output_dir or self.args.output_dir)/"training_args.bin").unlink(missing_ok=True) # a pickle; run.json says it all
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        self._use_averages()
         metrics = {f"{metric_key_prefix}_{k}": v for k,v in mean_loss(self.model, self.eval_loader, self.accelerator).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -159,7 +173,7 @@ def training_arguments(
         gradient_accumulation_steps=accumulation(cfg), learning_rate=cfg.learning_rate, optim=optimizer_name(cfg), weight_decay=cfg.weight_decay,
         adam_beta1=cfg.adam_beta1, adam_beta2=cfg.adam_beta2, adam_epsilon=cfg.adam_epsilon, max_grad_norm=cfg.max_grad_norm,
         logging_steps=cfg.logging_steps or max(1, min(10, round(steps*0.005))), logging_nan_inf_filter=False,
-        save_strategy="steps" if save else "no", save_steps=save or 1, save_total_limit=cfg.save_total_limit, save_only_model=cfg.save_only_model,
+        save_strategy="steps" if save else "no", save_steps=save or 1, ignore_data_skip=True, save_only_model=cfg.save_only_model,
         eval_strategy="steps" if evals else "no", eval_steps=evals, metric_for_best_model="eval_loss" if evals else None, greater_is_better=False,
         bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=cfg.tf32 if device=="cuda" else None, use_cpu=device=="cpu",
         remove_unused_columns=False, **_checkpointing(cfg))
@@ -180,6 +194,28 @@ def stop_token_ids(
     if not stops: log.warning("no trained text ends with a special token: the model will not learn to stop. Perhaps the chat template ends turns with what is no token of this tokenizer; `tuneforge preview` shows it")
     return list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
 
+# %% ../nbs/33_train.ipynb #5a3c1e02
+def flattens(
+    opts:PackingOptions, # `batch_flattening`
+    isolation:Isolation, # how the model is told where samples end
+) -> bool: # whether unpacked rows are joined into one
+    "Whether the samples of a micro-batch become one row: if asked for, or, with `auto`, if the model attends with FlashAttention"
+    if opts.sample_packing or opts.micro_batch_size==1: return False
+    return opts.batch_flattening is True or (opts.batch_flattening=="auto" and isolation.flat)
+
+def prove_isolation(
+    opts:PackingOptions, # `sample_packing`, `batch_flattening`, `packing_check`
+    model, # that will be trained, without an adapter
+    tokenizer, # its tokenizer
+) -> Isolation: # how it is told where samples end
+    "What keeps the samples of a row apart, shown on the model unless `packing_check: off`. Raises `LeakError`."
+    usual = isolations(model)[0]
+    key = "sample_packing" if opts.sample_packing else "batch_flattening" if flattens(opts, usual) else None
+    if key and opts.packing_check=="on": return check_isolation(model, tokenizer, key)
+    if key and usual.mask and model.config.get_text_config().model_type not in NEED_MASK:
+        raise UserError(f"`{key}` needs a model that takes positions, and {type(model).__name__} takes none: `packing_check: off` does not help. Set `{key}: false`.")
+    return usual
+
 # %% ../nbs/33_train.ipynb #127c322c
 def make_trainer(
     cfg:Config, # all options
@@ -187,39 +223,46 @@ def make_trainer(
     tokenizer, # of the run
     data:Prepared, # train and valid
     callbacks=(), # more callbacks
+    isolation:Isolation=Isolation(), # how the model is told where samples end; from `prove_isolation`
 ) -> ForgeTrainer: # ready to train
     "Plan the batches and put the trainer together"
     from transformers import EarlyStoppingCallback
     world,rank = int(os.environ.get("WORLD_SIZE", 1)),int(os.environ.get("RANK", 0))
     plans,steps = plan_run(cfg, sample_lengths(data.train), world)
+    run = RunPlan(plans, steps)
+    if rank==0: log.info(repr(run))
     args = training_arguments(cfg, steps, plans[0].steps, data.valid is not None)
-    collate = lambda packed,length: Collator(tokenizer.pad_token_id, packed, length if fixed_length(cfg) else None)
+    flat,pad = flattens(cfg, isolation),lambda length: (tokenizer.pad_token_id, length if fixed_length(cfg) else None, cfg.pad_to_multiple_of or 1)
+    def collate(packed, length): return isolation.collator(*pad(length), flat) if packed else Collator(pad(length)[0], False, *pad(length)[1:])
     eval_loader = None
     if data.valid is not None:
         plan = plan_evaluation(sample_lengths(data.valid), cfg, eval_length(cfg), world)
         eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity), eval_length(cfg)), rank)
-    trainer = ForgeTrainer(model, args, data, plans, schedule(cfg, steps), collate(cfg.sample_packing, cfg.sequence_len), eval_loader, processing_class=tokenizer,
-        callbacks=[LiveProgress(step_tokens(plans, sample_lengths(data.train), steps)), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
+    trainer = ForgeTrainer(model, args, data, plans, cfg, collate(cfg.sample_packing or flat, cfg.sequence_len), eval_loader, processing_class=tokenizer,
+        facts=run_facts(cfg, data, plans, steps), keep=cfg.save_total_limit, save_first=cfg.save_first_step,
+        callbacks=[LiveProgress(run.step_tokens.tolist()), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
     if cfg.early_stopping_patience: trainer.add_callback(EarlyStoppingCallback(cfg.early_stopping_patience))
     return trainer
 
-def step_tokens(
+def run_facts(
+    cfg:Config, # all options
+    data:Prepared, # train and valid
     plans:list[PackPlan], # one for each epoch
-    lengths:list[int], # tokens of each sample
-    steps:int, # optimizer steps wanted
-) -> list[int]: # real tokens of each step
-    "Real tokens of each optimizer step, over all ranks"
-    bins = [np.add.reduceat(np.append([lengths[i] for i in p.sample_ids], 0), p.bin_offsets[:-1])*(np.diff(p.bin_offsets)>0) for p in plans]
-    return [int(b[step].sum()) for b,p in zip(bins, plans) for step in p.order][:steps]
+    steps:int, # optimizer steps of the run
+) -> dict: # for the manifest of a checkpoint
+    "What a run must have in common with a checkpoint to go on from it"
+    return dict(config=cfg.model_dump(mode="json"), data=dict(train=data_facts(data.train), valid=data_facts(data.valid)), plan=plan_facts(plans),
+        steps=steps, steps_per_epoch=plans[0].steps, rows_per_step=plans[0].order[0].size)
 
 # %% ../nbs/33_train.ipynb #abd7c370
 def train(
     cfg:Config, # all options
     callbacks=(), # more callbacks of transformers' kind
+    allow_drift:bool=False, # go on from a checkpoint though config or data have changed
 ) -> Run: # what came of it
-    "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work."
-    optimizer_name(cfg),schedule(cfg, 1) # better refused now than after the data are prepared
+    "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
+    optimizer_name(cfg) # better refused now than after the data are prepared
     tokenizer = load_tokenizer(cfg)
     data = prepare_data(cfg, tokenizer)
     if cfg.debug: show_samples(data.train, tokenizer)
@@ -227,11 +270,11 @@ def train(
     if cfg.adapter: check_new_tokens(cfg, tokenizer)
     model = load_model(cfg, tokenizer)
     set_attention(model, cfg)
-    if cfg.sample_packing: check_isolation(model)
+    isolation = prove_isolation(cfg, model, tokenizer)
     if cfg.adapter: model = add_adapter(model, cfg)
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *cfg.datasets) for t in o.eot_tokens or []])
-    trainer = make_trainer(cfg, model, tokenizer, data, callbacks)
-    result = trainer.train(resume_from_checkpoint=resume_from(cfg))
+    trainer = make_trainer(cfg, model, tokenizer, data, callbacks, isolation)
+    result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
     return save_run(cfg, trainer, data, result)
 
 def save_run(
@@ -243,10 +286,10 @@ def save_run(
     "Write model or adapter, tokenizer, golden prompts, plot and manifest to `output_dir`"
     trainer.save_model()
     trainer.model.generation_config.save_pretrained(cfg.output_dir)
-    done,plans = trainer.state.global_step,trainer.plans
-    metrics = dict(loss=result.training_loss, steps=done, tokens=sum(step_tokens(plans, sample_lengths(data.train), done)), seconds=result.metrics["train_runtime"],
-        packing_efficiency=plans[0].efficiency, **(trainer.evaluate() if trainer.eval_loader else {}))
-    run = Run(cfg.output_dir, cfg.model_dump(mode="json"), metrics, asdict(data.report), repr(plans[0]), trainer.state.log_history, trainer.model, trainer.processing_class)
+    done,plan = trainer.state.global_step,RunPlan(trainer.plans, trainer.args.max_steps)
+    metrics = dict(loss=result.training_loss, steps=done, tokens=int(plan.step_tokens[:done].sum()), seconds=result.metrics["train_runtime"],
+        packing_efficiency=plan.plans[0].efficiency, **(trainer.evaluate() if trainer.eval_loader else {}))
+    run = Run(cfg.output_dir, cfg.model_dump(mode="json"), metrics, asdict(data.report), repr(plan), trainer.state.log_history, trainer.model, trainer.processing_class)
     if trainer.args.should_save:
         write_text(Path(cfg.output_dir)/"golden_prompts.json", json.dumps(data.golden, ensure_ascii=False, indent=1))
         plot_history(run.history, Path(cfg.output_dir)/"loss.png", Path(cfg.output_dir).name)

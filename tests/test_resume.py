@@ -1,0 +1,252 @@
+"To stop and go on is not to have stopped: bit for bit, at any step"
+import json, os, shutil, signal
+from pathlib import Path
+import pytest, torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from datasets import Dataset
+from tuneforge.all import *
+from tests.tools import forks, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    d = tmp_path_factory.mktemp("data")
+    village = Village()
+    return write_jsonl(d/"train.jsonl", village.questions(list(village.people)[:4]))
+
+
+def settings(data, out, **kw):
+    "Two and a half epochs with all that could come in between: packing, accumulation, dropout, shuffling, evaluations, a schedule, log lines that span a save"
+    base = dict(base_model="tiny:llama?attention_dropout=0.2&num_hidden_layers=1", datasets=[dict(path=str(data), type="alpaca")], dataset_prepared_path=str(data.parent/"prepared"), output_dir=str(out),
+        sequence_len=128, learning_rate=1e-3, micro_batch_size=2, gradient_accumulation_steps=2, sample_packing=True, num_epochs=2.5, val_set_size=0.2, eval_steps=3,
+        save_strategy="no", logging_steps=2, lr_scheduler="cosine", warmup_steps=2, weight_decay=0.1, float32=True, sdp_attention=True, seed=3)
+    return base | kw
+
+
+def config(*args, **kw): return load_config(settings(*args, **kw))
+
+
+LORA = dict(adapter="lora", lora_r=4, lora_dropout=0.1, lora_target_linear=True, lora_modules_to_save=["embed_tokens"])
+
+
+class Seen(TrainerCallback):
+    "Which samples the trainer really fetches"
+    def __init__(self): self.ids = []
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        bins, ids = train_dataloader.dataset, self.ids
+        class Rows(type(bins)):
+            def __getitem__(self, i):
+                ids.append(list(i))
+                return super().__getitem__(i)
+        train_dataloader.dataset.__class__ = Rows
+
+
+class StopAt(TrainerCallback):
+    "A signal at some moment"
+    def __init__(self, step, when="step_end", signum=signal.SIGTERM): self.step, self.when, self.signum = step, when, signum
+    def _at(self, when, done):
+        if when==self.when and done==self.step: os.kill(os.getpid(), self.signum)
+    def on_step_begin(self, args, state, control, **kw): self._at("step_begin", state.global_step)
+    def on_substep_end(self, args, state, control, **kw): self._at("substep_end", state.global_step)
+    def on_step_end(self, args, state, control, **kw): self._at("step_end", state.global_step)
+    def on_evaluate(self, args, state, control, **kw): self._at("evaluate", state.global_step)
+
+
+def states(folder, final):
+    "Weights and optimizer state: of the run, of its last checkpoint"
+    weights = load_file(folder/("adapter_model.safetensors" if (folder/"adapter_model.safetensors").exists() else "model.safetensors"))
+    return weights, torch.load(folder/f"checkpoint-{final}"/"optimizer.pt", weights_only=True), torch.load(folder/f"checkpoint-{final}"/"rng_state.pth", weights_only=False)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, dict): return a.keys()==b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a)==len(b) and all(map(same, a, b))
+    if hasattr(a, "tolist"): return a.tolist()==b.tolist()
+    return a==b
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def whole(request, data, tmp_path_factory):
+    "A run that was never stopped"
+    kw = LORA if request.param=="lora" else {}
+    seen, out = Seen(), tmp_path_factory.mktemp(request.param)/"whole"
+    r = train(config(data, out, save_steps=1000, save_strategy="steps", **kw), [seen])
+    return r, seen.ids, states(out, r.metrics["steps"]), kw
+
+
+def resumed(whole, data, out, *stops, **more):
+    "The same run, stopped by signals and resumed each time"
+    _, _, _, kw = whole
+    ids, cfg = [], config(data, out, save_steps=1000, save_strategy="steps", resume="auto", **(kw | more))
+    for s in stops:
+        seen = Seen()
+        with pytest.raises(Stopped) as e: train(cfg, [seen, s])
+        assert e.value.code==128+s.signum
+        ids += seen.ids
+    seen = Seen()
+    r = train(cfg, [seen])
+    return r, ids+seen.ids
+
+
+def assert_same(whole, r, ids):
+    before, before_ids, before_states, _ = whole
+    line = lambda h: {k: v for k, v in h.items() if k not in ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")}
+    lines = lambda r: [line(h) for h in r.history if "train_runtime" not in h]
+    assert lines(r)==lines(before)
+    assert r.metrics["loss"]==before.metrics["loss"] and r.metrics["eval_loss"]==before.metrics["eval_loss"]
+    assert ids==before_ids
+    for a, b in zip(before_states, states(Path(r.output_dir), r.metrics["steps"])): assert same(a, b)
+
+
+def test_stopped_after_every_step(whole, data, tmp_path):
+    "Stopped and resumed after every single step, in one chain of runs"
+    steps = whole[0].metrics["steps"]
+    assert steps>=8 and steps%(steps*2//5) # ends within an epoch
+    r, ids = resumed(whole, data, tmp_path/"chain", *(StopAt(s) for s in range(1, steps)))
+    assert_same(whole, r, ids)
+
+
+@pytest.mark.parametrize("stop", [StopAt(4, "substep_end"), StopAt(7, "step_begin", signal.SIGINT), StopAt(3, "evaluate"), StopAt(0, "substep_end", signal.SIGINT)], ids=["in accumulation", "before a step", "in evaluation", "in the first step"])
+def test_stopped_at_odd_moments(whole, data, tmp_path, stop):
+    "The step that has begun is finished first"
+    r, ids = resumed(whole, data, tmp_path/"odd", stop)
+    assert_same(whole, r, ids)
+
+
+def test_a_checkpoint_of_a_signal_is_full(data, tmp_path):
+    "`save_only_model` saves what cannot be resumed; a signal saves what can"
+    kw = dict(save_only_model=True, save_strategy="steps", save_steps=1, val_set_size=0, eval_steps=None, max_steps=4)
+    with pytest.raises(Stopped): train(config(data, tmp_path/"a", **kw), [StopAt(3)])
+    assert [damage(p)==[] for p in checkpoints(tmp_path/"a")]==[False, False, True]
+    assert "save_only_model" in damage(tmp_path/"a"/"checkpoint-2")[0]
+    assert train(config(data, tmp_path/"a", resume="auto", **kw)).metrics["steps"]==4
+
+
+# Where to begin
+
+def test_nothing_before_the_position_is_looked_at(data):
+    "The first batch after a resume costs one batch, wherever it is"
+    class Counted(PackPlan):
+        def bin(self, i):
+            asked.append(int(i))
+            return super().bin(i)
+    plans = [Counted(**vars(plan_epoch([5]*400, 16, 2, 1, 2, epoch=e))) for e in range(3)]
+    ds = Dataset.from_dict(dict(input_ids=[[i]*5 for i in range(400)], labels=[[i]*5 for i in range(400)]))
+    steps = plans[0].steps
+    batches = lambda start, epoch: [b["input_ids"].tolist() for b in loader(start, epoch)]
+    def loader(start, epoch):
+        l = PlanLoader(ds, plans, Collator(0, True), start=start)
+        l.set_epoch(epoch)
+        return l
+    for start in (0, 1, steps-1, steps, 2*steps+3):
+        epoch, asked = start//steps, []
+        assert len(loader(start, epoch))==steps*2 # the trainer counts epochs by it
+        next(iter(loader(start, epoch)))
+        assert len(asked)==2
+        assert batches(start, epoch)==batches(0, epoch)[start%steps*2:]
+        if epoch<2: assert batches(start, epoch+1)==batches(0, epoch+1)
+
+
+def test_a_loader_draws_no_random_numbers(data):
+    ds = Dataset.from_dict(dict(input_ids=[[1, 2]]*4, labels=[[1, 2]]*4))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(PlanLoader(ds, [plan_epoch([2]*4, 8)], Collator(0, True)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_finished_run_is_not_trained_further(whole, data, tmp_path):
+    r, _, _, kw = whole
+    shutil.copytree(r.output_dir, tmp_path/"again")
+    again = train(config(data, tmp_path/"again", save_steps=1000, save_strategy="steps", resume="auto", **kw))
+    assert again.metrics["steps"]==r.metrics["steps"] and again.metrics["loss"]==r.metrics["loss"]
+    assert same(states(Path(r.output_dir), r.metrics["steps"]), states(tmp_path/"again", r.metrics["steps"]))
+
+
+def test_early_stopping_remembers(data, tmp_path):
+    "Evaluations without improvement before the stop count after it"
+    kw = dict(learning_rate=1e-9, eval_steps=1, early_stopping_patience=4, max_steps=9, save_strategy="steps", save_steps=1, lr_scheduler="constant", warmup_steps=0)
+    steps = train(config(data, tmp_path/"a", **kw)).metrics["steps"]
+    assert steps<9
+    with pytest.raises(Stopped): train(config(data, tmp_path/"b", **kw), [StopAt(steps-2)])
+    assert train(config(data, tmp_path/"b", resume="auto", **kw)).metrics["steps"]==steps
+
+
+# What may have changed
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("drift")/"out"
+    with pytest.raises(Stopped): train(config(data, out, max_steps=4), [StopAt(2)])
+    return out
+
+
+DRIFT = {"learning_rate": 5e-4, "seed": 4, "sequence_len": 160, "num_epochs": 3, "lr_scheduler": "linear", "gradient_accumulation_steps": 4, "weight_decay": 0.2, "val_set_size": 0.3, "max_steps": 5, "sample_packing": False, "shuffle_merged_datasets": False}
+
+
+@pytest.mark.parametrize("key", DRIFT)
+def test_a_changed_key_is_refused(data, stopped, key):
+    with pytest.raises(UserError) as e: train(config(data, stopped, resume="auto", **({"max_steps": 4} | {key: DRIFT[key]})))
+    name = "rows_per_step" if key=="gradient_accumulation_steps" else key
+    assert f"\n  {name}: " in str(e.value) and f"→ {json.dumps(8 if name=='rows_per_step' else DRIFT[key])}" in str(e.value) and "--allow-drift" in str(e.value)
+    assert len(list(stopped.glob("checkpoint-*")))==1 and not list(stopped.glob("earlier-*")) # nothing was touched
+
+
+def test_changed_data_are_refused(data, stopped, tmp_path):
+    rows = [json.loads(l) for l in data.read_text().splitlines()]
+    other = write_jsonl(tmp_path/"other.jsonl", [r | dict(output=r["output"]+"!") if i==0 else r for i, r in enumerate(rows)])
+    with pytest.raises(UserError, match=r"data.train.sha256: .* → ") as e: train(config(other, stopped, resume="auto", max_steps=4))
+    assert "datasets.0.path: " in str(e.value) and "learning_rate" not in str(e.value)
+
+
+def test_what_cannot_matter_may_change(data, stopped, tmp_path):
+    "Another place of the same rows, other log lines and saves, other micro-batches of the same step"
+    shutil.copytree(stopped, tmp_path/"out")
+    moved = write_jsonl(tmp_path/"moved.jsonl", [json.loads(l) for l in data.read_text().splitlines()])
+    kw = dict(max_steps=4, logging_steps=1, save_strategy="steps", save_steps=1, micro_batch_size=1, gradient_accumulation_steps=4, debug=True)
+    r = train(config(moved, tmp_path/"out", resume="auto", **kw))
+    assert [h["step"] for h in r.history if "loss" in h]==[2, 3, 4]
+    assert (tmp_path/"out"/"checkpoint-3").is_dir() # the new `save_steps` holds
+
+
+def test_allowed_drift_takes_effect(data, stopped, tmp_path, caplog):
+    "A learning rate that was changed on purpose is used, not the one in the optimizer's state"
+    shutil.copytree(stopped, tmp_path/"out")
+    r = train(config(data, tmp_path/"out", resume="auto", max_steps=4, learning_rate=5e-3, logging_steps=1, weight_decay=0.3), allow_drift=True)
+    factor = schedule(config(data, tmp_path/"out", max_steps=4), 4)
+    assert [h["learning_rate"] for h in r.history if "learning_rate" in h and h["step"]>2]==pytest.approx([5e-3*factor(2), 5e-3*factor(3)])
+    assert "learning_rate: 0.001 → 0.005" in caplog.text
+
+
+# Ranks
+
+def test_the_number_of_ranks_may_change(data, tmp_path):
+    "A run that goes on with other ranks, four times, takes the same steps as one that never stopped, to rounding"
+    kw = dict(base_model="tiny:llama?num_hidden_layers=1", max_steps=10, micro_batch_size=1, resume="auto")
+    whole = train(config(data, tmp_path/"whole", **(kw | dict(gradient_accumulation_steps=4))))
+    (tmp_path/"c.yml").write_text(json.dumps(settings(data, tmp_path/"out", **kw)))
+    ranks, stops = [1, 2, 1, 4, 2], [2, 4, 5, 8, None]
+    phases = [dict(config=str(tmp_path/"c.yml"), ranks=n, overrides=["--gradient-accumulation-steps", str(4//n)]) | (dict(stop=[0, s, "step", signal.SIGTERM]) if s else {}) for n, s in zip(ranks, stops)]
+    came = forks(phases, tmp_path, 29640)
+    assert [o["codes"] for o in came]==[[143 if s else 0]*n for n, s in zip(ranks, stops)], [o["said"][-500:] for o in came]
+    assert [json.loads((tmp_path/"out"/f"checkpoint-{s}"/"manifest.json").read_text())["world_size"] for s in stops if s]==ranks[:-1]
+    losses = lambda h: [x for o in h if "loss" in o for x in (o["step"], o["loss"])]
+    assert losses(json.loads((tmp_path/"out"/"run.json").read_text())["history"])==pytest.approx(losses(whole.history), rel=1e-5)
+    a, b = (load_file(tmp_path/n/"model.safetensors") for n in ("whole", "out"))
+    assert all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-6) for k in a)
+
+
+def test_ranks_agree_when_to_stop(data, tmp_path):
+    "A signal to one of two ranks, in accumulation, stops both after the same step; with dropout the run goes on exactly"
+    (tmp_path/"c.yml").write_text(json.dumps(settings(data, tmp_path/"out", max_steps=5, save_strategy="steps", save_steps=50, resume="auto")))
+    phase = lambda name, **kw: dict(config=str(tmp_path/"c.yml"), ranks=2, overrides=["--output-dir", str(tmp_path/name)]) | kw
+    whole, stop, on = forks([phase("whole"), phase("out", stop=[1, 2, "substep", signal.SIGTERM]), phase("out")], tmp_path, 29660)
+    assert whole["codes"]==on["codes"]==[0, 0], on["said"]
+    assert stop["codes"]==[143, 143] and list(stop["checkpoints"])==["checkpoint-3"]
+    for f in ("model.safetensors", "checkpoint-5/optimizer.pt", "checkpoint-5/rng_state_0.pth", "checkpoint-5/rng_state_1.pth"):
+        load = (lambda p: load_file(p)) if f.endswith("safetensors") else (lambda p: torch.load(p, weights_only=False))
+        assert same(load(tmp_path/"whole"/f), load(tmp_path/"out"/f)), f
+    history = lambda n: [h for h in json.loads((tmp_path/n/"run.json").read_text())["history"] if "train_runtime" not in h]
+    assert history("whole")==history("out")
