@@ -240,12 +240,13 @@ NAMES = ["checkpoint", "checkpoint-", "checkpoint-x", "checkpoint-7-old", "check
 def test_retention_deletes_ours_alone(tmp_path_factory, steps, foreign, links, torn, names, keep, best):
     "Whatever else stands there stays as it is: no manifest, another name, a link to a checkpoint, a damaged one"
     d = tmp_path_factory.mktemp("r")/"out"
+    d.mkdir()
     for s in steps: fake(d, f"checkpoint-{s}")
     kept = [fake(d, f"checkpoint-{s}", False) for s in foreign] + [fake(d, n) for n in names] + [fake(d, f"checkpoint-{s}") for s in torn]
     for s in torn: (d/f"checkpoint-{s}"/"x.txt").write_text("another length")
     for s in links: (d/f"checkpoint-{s}").symlink_to(fake(d.parent, f"elsewhere-{s}"), target_is_directory=True)
-    if d.exists(): prune(d, keep, best)
-    left = {int(p.name.split("-")[1]) for p in checkpoints(d) if p.name.removeprefix("checkpoint-").isascii()} & set(range(31)) if d.exists() else set()
+    prune(d, keep, best)
+    left = {int(p.name.split("-")[1]) for p in checkpoints(d) if p.name.removeprefix("checkpoint-").isascii()} & set(range(31))
     assert left==set(sorted(steps)[-keep:]) | ({best} & steps)
     assert all((p/"x.txt").is_file() for p in kept) and all((d/f"checkpoint-{s}").is_symlink() and (d.parent/f"elsewhere-{s}"/"x.txt").is_file() for s in links)
 

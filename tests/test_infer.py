@@ -237,7 +237,7 @@ def test_golden_prompts_are_verified(home, tmp_path, caplog):
 
 
 def test_an_adapter_of_another_base(home):
-    with pytest.raises(UserError, match="does not belong to"): load_finetuned(load_config(home/"c.yml").replace(base_model="tiny:llama?hidden_size=32", output_dir=str(home/"out")))
+    with pytest.raises(UserError, match="it does not fit"): load_finetuned(load_config(home/"c.yml").replace(base_model="tiny:llama?hidden_size=32", output_dir=str(home/"out")))
 
 
 # The page

@@ -10,7 +10,7 @@ from tuneforge.rules import NEEDS, NOTES, ONE_OF, RULES
 BASE = dict(base_model="x", datasets=[dict(path="y", type="alpaca")], learning_rate=1e-4)
 HAND = dict(datasets=[dict(path="z")], test_datasets=[dict(path="z")], pretraining_dataset=[dict(path="z")], gpu_memory_limit="1GiB", max_memory={0: "1GiB"}, lr_groups=[dict(name="a", modules=["b"], lr=1)],
     bf16=True, fsdp=["full_shard"], warmup_ratio=0.1, val_set_size=0.1, lora_target_modules=["q"], optim_target_modules=["q"], peft_layer_replication=[[0, 2]], special_tokens=dict(pad_token="p"), batch_size=4, lora_dropout=0.1,
-    eval_strategy="epoch", relora_prune_ratio=0.5, adam_beta3=0.5, dpo_label_smoothing=0.1, cosine_min_lr_ratio=0.1, cosine_constant_lr_ratio=0.5, save_steps=2, eval_steps=2, attn_implementation="sdpa", bench_split="test", eval_causal_lm_metrics=["chrf"], lora_rank_pattern=dict(a=2), lora_alpha_pattern=dict(a=2), tokenizer_verify=5, batch_flattening=True, temperature=0.5, top_p=0.5, top_k=5, min_p=0.1)
+    eval_strategy="epoch", relora_prune_ratio=0.5, adam_beta3=0.5, dpo_label_smoothing=0.1, cosine_min_lr_ratio=0.1, cosine_constant_lr_ratio=0.5, save_steps=2, eval_steps=2, attn_implementation="sdpa", bench_split="test", eval_causal_lm_metrics=["chrf"], lora_rank_pattern=dict(a=2), lora_alpha_pattern=dict(a=2), peft=dict(loftq_config={}), relora_prune_method="random", tokenizer_verify=5, batch_flattening=True, temperature=0.5, top_p=0.5, top_k=5, min_p=0.1)
 
 
 def sample(key):
@@ -83,7 +83,10 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "adapter_has_targets": (dict(adapter="lora"), "say what to adapt", dict(adapter="lora", lora_target_modules=["q"])),
     "targets_are_a_pattern": (dict(adapter="lora", lora_target_modules="q_proj("), "no regular expression", dict(adapter="lora", lora_target_modules=".*(q|k)_proj")),
     "adapter_gets_along": (dict(adapter="lora", lora_target_linear=True, flash_attn_fuse_mlp=True), "joins the layers", dict(flash_attn_fuse_mlp=True)),
-    "restarts_get_along": (dict(adapter="lora", lora_target_linear=True, relora_steps=10, deepspeed="z.json"), "spread over devices", dict(adapter="lora", lora_target_linear=True, relora_steps=10)),
+    "restarts_get_along": (dict(adapter="lora", lora_target_linear=True, relora_steps=12, deepspeed="z.json"), "spread over devices", dict(adapter="lora", lora_target_linear=True, relora_steps=12)),
+    "adapter_begins": (dict(adapter="lora", lora_target_linear=True, peft_init_lora_weights="pisa"), "unknown `peft_init_lora_weights: pisa`", dict(adapter="lora", lora_target_linear=True, peft_init_lora_weights="pissa_niter_4")),
+    "positions_are_skipped": (dict(use_pose=True), "needs `pose_max_context_len`", dict(use_pose=True, sequence_len=100, pose_max_context_len=200)),
+    "rows_are_views": (dict(unfrozen_parameters=["a[3:]"], fp16=True), "names rows", dict(unfrozen_parameters=["a"], fp16=True, optimizer="galore_adamw", optim_target_modules=["b"])),
     "frozen_inputs_need_a_gradient": (dict(unfrozen_parameters=["a"], gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True)), "must not be reentrant", dict(unfrozen_parameters=["a"], gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False))),
     "remote_code_is_pinned": (dict(trust_remote_code=True, revision_of_model="main"), "pin it", dict(trust_remote_code=True, revision_of_model="0"*40)),
     "weights_are_safetensors": (dict(save_safetensors=False), "only written as safetensors", dict(save_safetensors=True)),
@@ -116,8 +119,16 @@ ALSO = [ # further branches of the same rules
     (dict(mix_until="all_exhausted"), "`mix_until` has no effect"), (dict(dataset_shard_num=2), "say which of the 2 parts"), (dict(test_datasets=[dict(path="z", weight=1)]), "no effect in `test_datasets`"),
     (dict(save_strategy="best"), "needs `metric_for_best_model`"), (dict(sample_packing=True, s2_attention=True), "shifts tokens"), (dict(sample_packing=True, group_by_length=True), "all of one length"), (dict(group_by_length=True, curriculum_sampling=True), "contradict"),
     (dict(sample_packing=True, sample_packing_sequentially=True, sample_packing_group_size=9), "no gap is closed"), (dict(sample_packing=True, packing="tight", sample_packing_group_size=9), "all samples"), (dict(sample_packing=True, eval_table_size=5, val_set_size=0.1), "from packed rows"),
-    (dict(adapter="qlora", lora_target_linear=True), "needs `load_in_4bit: true`"), (dict(adapter="lora", lora_target_linear=True, unfrozen_parameters=["a"], peft_layers_to_transform=[1]), "both say what is trained"),
-    (dict(adapter="lora", lora_target_parameters=["e"], lora_dropout=0.1), "allows no `lora_dropout`"), (dict(adapter="lora", lora_target_linear=True, relora_steps=9, lr_scheduler="one_cycle"), "restarts the schedule")]
+    (dict(adapter="qlora", lora_target_linear=True), "needs `load_in_4bit: true`"), (dict(adapter="lora", lora_target_linear=True, unfrozen_parameters=["a"]), "trains weights of the base"),
+    (dict(adapter="lora", lora_target_parameters=["e"], lora_dropout=0.1), "allows no `lora_dropout`"), (dict(adapter="lora", lora_target_linear=True, relora_steps=12, lr_scheduler="one_cycle"), "cannot be restarted"),
+    *[(dict(adapter="lora", lora_target_linear=True, relora_steps=12) | kw, m) for kw, m in ((dict(peft_use_dora=True), "magnitudes belong to the old one"), (dict(peft_layer_replication=[[0, 2]]), "shares between copies"),
+        (dict(lora_target_parameters=["e"]), "merges linear layers"), (dict(peft_init_lora_weights="pissa"), "begins each adapter with no effect"), (dict(optimizer="adamw_bnb_8bit"), "keeps no number for each weight"), (dict(optimizer="schedule_free_adamw", lr_scheduler="constant"), "remembers the old adapter"), (dict(relora_anneal_steps=2), "take 12 steps"),
+        (dict(relora_prune_method="reset", relora_prune_ratio=0.5), "no effect with `relora_prune_method: reset`"), (dict(relora_steps=None, relora=True), "needs `relora_steps`"))],
+    *[(dict(adapter="lora", lora_target_linear=True) | kw, m) for kw, m in ((dict(peft_init_lora_weights="eva"), "looks at data"), (dict(peft_init_lora_weights="loftq"), "needs its settings"),
+        (dict(peft_init_lora_weights="pissa", peft=dict(loftq_config={})), "both say how"), (dict(load_in_4bit=True, peft=dict(loftq_config={})), "quantises the base itself"),
+        (dict(load_in_8bit=True, peft_init_lora_weights="olora"), "must not be quantised"), (dict(peft_use_dora=True, peft_init_lora_weights="pissa"), "length of the base's columns"),
+        (dict(peft_init_lora_weights="orthogonal", lora_r=3), "even rank"))], (dict(adapter="lora", lora_target_linear=True, lisa_n_layers=2), "trains weights of the base"),
+    (dict(use_pose=True, pose_max_context_len=5), "leaves nothing to skip"), (dict(use_pose=True, pose_max_context_len=9999, sample_packing=True), "gives a row its own positions"), (dict(unfrozen_parameters=["a[3:]"], optimizer="adalomo"), "names rows")]
 
 
 def test_every_rule_has_a_case(): assert set(RULES)-{"one_of", "needs"}==set(CASES)

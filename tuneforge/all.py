@@ -38,6 +38,11 @@ from .strips import *
 from .models import *
 from .attention import *
 from .adapters import *
+from .trainable import *
+from .partial import *
+from .relora import *
+from .methods import *
+from .pose import *
 from .schedules import *
 from .optim import *
 from .callbacks import *

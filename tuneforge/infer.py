@@ -13,7 +13,7 @@ import json,re
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-from .adapters import adapter_folder
+from .adapters import load_adapter
 from .config import Config, CustomFormat, DatasetOptions, SamplingOptions, UserError, log
 from .models import load_model
 from .prompts import ALIASES, INSTRUCT, prompt_format, with_defaults
@@ -32,12 +32,6 @@ def verify_golden(
     except ValueError as e: raise UserError(f"{kept} is broken: {e}") from e
     check_golden(golden, [with_defaults(e, cfg) for e in cfg.datasets], tokenizer)
 
-def _adapted(cfg, folder, tokenizer):
-    "The adapter on its base"
-    from peft import PeftModel
-    try: return PeftModel.from_pretrained(load_model(cfg, tokenizer), str(folder))
-    except (RuntimeError, ValueError) as e: raise UserError(f"the adapter in {folder} does not belong to {cfg.base_model}: {e}") from e
-
 def _whole(cfg, folder, tokenizer, before):
     "The model in a folder"
     if not (folder/"config.json").is_file(): raise UserError(f"there is no model in {folder}: run `tuneforge {before}` first")
@@ -54,7 +48,7 @@ def load_finetuned(
     if which=="base": return load_model(cfg, tokenizer).eval(),tokenizer
     if which=="merged": folder = Path(cfg.output_dir)/"merged"
     elif which!="tuned": raise UserError(f"there is no model {which!r}: ask `tuned`, `merged` or `base`")
-    if which=="tuned" and (cfg.adapter or cfg.lora_model_dir): model = _adapted(cfg, adapter_folder(folder), tokenizer)
+    if which=="tuned" and (cfg.adapter or cfg.lora_model_dir): model = load_adapter(load_model(cfg, tokenizer), folder)
     else: model = _whole(cfg, folder, tokenizer, "train" if which=="tuned" else "merge-lora")
     if (folder/"generation_config.json").is_file(): model.generation_config = type(model.generation_config).from_pretrained(folder)
     verify_golden(cfg, folder, tokenizer)

@@ -10,10 +10,11 @@ __all__ = ['NOT_YET', 'Size', 'AnyDataset', 'Optimizer', 'Schedule', 'TOPICS', '
            'SpecialTokens', 'BaseOptions', 'TokenizerOptions', 'ArchitectureOptions', 'PrecisionOptions',
            'PlacementOptions', 'AttentionOptions', 'KernelOptions', 'OldKernelOptions', 'ModelOptions', 'SourceOptions',
            'CustomFormat', 'FormatOptions', 'ChatOptions', 'DatasetOptions', 'PreferenceDataset', 'KtoDataset',
-           'PretrainingDataset', 'PreparedOptions', 'DataOptions', 'PackingOptions', 'OldPackingOptions', 'LoraOptions',
-           'PartialOptions', 'OptimOptions', 'CurveArgs', 'ScheduleArgs', 'LearningRateGroup', 'ScheduleOptions',
-           'EvalOptions', 'TrainOptions', 'LoggingOptions', 'DistributedOptions', 'PreferenceOptions',
-           'SamplingOptions', 'GradioOptions', 'FileOptions', 'AllOptions', 'topic']
+           'PretrainingDataset', 'PreparedOptions', 'DataOptions', 'PackingOptions', 'OldPackingOptions',
+           'LoftqOptions', 'PeftOptions', 'LoraOptions', 'PartialOptions', 'OptimOptions', 'CurveArgs', 'ScheduleArgs',
+           'LearningRateGroup', 'ScheduleOptions', 'EvalOptions', 'TrainOptions', 'LoggingOptions',
+           'DistributedOptions', 'PreferenceOptions', 'SamplingOptions', 'GradioOptions', 'FileOptions', 'AllOptions',
+           'topic']
 
 # %% ../nbs/01_options.ipynb #d6f51680
 import re
@@ -79,7 +80,7 @@ def _block(t, args):
 def _table(**topics): return {k: advice for keys,advice in topics.values() for k in keys.split()}
 
 NOT_YET = _table(
-    half=("bf16=full", "use `bfloat16: true`"), tf32=("tf32=auto", "say true or false"), noise=("neftune_noise_alpha", "remove it: the run works without"),
+    half=("bf16=full", "use `bfloat16: true`"), tf32=("tf32=auto", "say true or false"),
     texts=("pretraining_dataset streaming", "name the texts under `datasets`, with `type: completion`"), token=("hf_use_auth_token", "remove it: a token from `hf auth login` or `HF_TOKEN` is used by itself"),
     loading=("dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor accelerator_config", "remove it: batches are made while the last one is computed"),
     model=("base_model_config base_model_ignore_patterns trust_remote_code cls_model_config processor_type model_kwargs overrides_of_model_config tokenizer_legacy "
@@ -100,10 +101,8 @@ NOT_YET = _table(
 # %% ../nbs/01_options.ipynb #1c3773a1
 NOT_YET |= _table(
     packing=("auto_find_batch_size pretraining_sample_concatenation "
-        "pretrain_multipack_buffer_size streaming_multipack_buffer_size pretrain_multipack_attn=False use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks", "remove it, or use `sample_packing: true`"),
-    adapters=("adapter=llama-adapter peft_adapter lora_target_parameters peft_init_lora_weights peft_trainable_token_indices peft_ensure_weight_tying peft relora relora_steps relora_warmup_steps "
-        "relora_anneal_steps relora_prune_ratio relora_cpu_offload unfrozen_parameters lisa_n_layers lisa_step_interval "
-        "lisa_layers_attribute", "use `adapter: lora`, or train all weights"),
+        "pretrain_multipack_buffer_size streaming_multipack_buffer_size pretrain_multipack_attn=False", "remove it, or use `sample_packing: true`"),
+    adapters=("adapter=llama-adapter peft_adapter", "use `adapter: lora`, or train all weights"),
     early=("profiler_steps profiler_steps_start", "remove it: it changes nothing about the result"),
     run=("save_strategy=best hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size "
         "generate_samples num_generation_samples generation_max_new_tokens generation_temperature",
@@ -490,13 +489,22 @@ class OldPackingOptions(Options):
     streaming_multipack_buffer_size:int = _opt(10_000, "samples of a stream among which rows are packed", gt=0)
     pretrain_multipack_attn:bool = _opt(True, "isolate the texts in a packed row of a stream")
     use_pose:bool|None = _opt(None, "skip positions at random, to train for longer contexts (PoSE, arXiv 2309.10400)")
-    pose_split_on_token_ids:list[int]|None = _opt(None, "tokens at which positions may be skipped")
-    pose_max_context_len:int|None = _opt(None, "context to train for", gt=0)
-    pose_num_chunks:int|None = _opt(None, "pieces between which positions are skipped", gt=1)
+    pose_split_on_token_ids:list[int]|None = _opt(None, "tokens behind which positions are skipped, in place of drawn ones")
+    pose_max_context_len:int|None = _opt(None, "context to train for; over `sequence_len`", gt=0)
+    pose_num_chunks:int|None = _opt(None, "pieces between which positions are skipped; blank: 2", gt=1)
 
 OptionTable(OldPackingOptions)
 
 # %% ../nbs/01_options.ipynb #1f29e262
+class LoftqOptions(Options):
+    "LoftQ (arXiv 2310.08659)"
+    loftq_bits:Literal[4,8] = _opt(4, "bits of the base")
+    loftq_iter:int = _opt(1, "rounds of quantising and decomposing", gt=0)
+
+class PeftOptions(Options):
+    "Settings that PEFT keeps in blocks"
+    loftq_config:LoftqOptions|None = _opt(None, "quantise the base, and begin with what that lost")
+
 class LoraOptions(Options):
     "The adapter"
     adapter:Literal["lora","qlora","llama-adapter"]|None = _opt(None, "train a low-rank adapter instead of all weights; `qlora`: on a 4-bit base")
@@ -519,7 +527,7 @@ class LoraOptions(Options):
     peft_init_lora_weights:bool|str|None = _opt(None, "how the adapter begins: `pissa`, `olora`, `gaussian`, …; blank: with no effect")
     peft_trainable_token_indices:list[int]|dict[str,list[int]]|None = _opt(None, "tokens whose embeddings are trained besides")
     peft_ensure_weight_tying:bool|None = _opt(None, "keep tied embeddings tied when they are trained")
-    peft:dict|None = _opt(None, "LoftQ: `{loftq_config: {loftq_bits: 4}}`")
+    peft:PeftOptions|None = _opt(None, "LoftQ: `{loftq_config: {loftq_bits: 4}}`")
 
 OptionTable(LoraOptions)
 
@@ -531,6 +539,7 @@ class PartialOptions(Options):
     relora_warmup_steps:int|None = _opt(None, "steps of warmup after each; blank: 10", ge=0)
     relora_anneal_steps:int|None = _opt(None, "steps of cooling before each; blank: 1", ge=0)
     relora_prune_ratio:float|None = _opt(None, "share of the optimizer's state that is reset; blank: 0.9", ge=0, le=1)
+    relora_prune_method:Literal["magnitude","random","reset"] = _opt("magnitude", "what of it: the smallest entries, random ones, or all of it and the count of steps")
     relora_cpu_offload:bool|None = _opt(None, "merge on the CPU")
     jagged_restart_steps:int|None = _opt(None, "optimizer steps between two restarts of the schedule", gt=0)
     jagged_restart_warmup_steps:int|None = _opt(None, "steps of warmup after each", ge=0)
@@ -540,6 +549,8 @@ class PartialOptions(Options):
     lisa_n_layers:int|None = _opt(None, "layers to train at a time, drawn anew again and again (LISA, arXiv 2403.17919)", gt=0)
     lisa_step_interval:int|None = _opt(None, "optimizer steps between two draws", gt=0)
     lisa_layers_attribute:str = _opt("model.layers", "where the model keeps its layers")
+    spectrum_top_fraction:float|None = _opt(None, "Spectrum: train this share of the weight matrices of each kind, those with the most signal (arXiv 2406.06623)", gt=0, le=1)
+    spectrum_model_name:str|None = _opt(None, "whose ratios are looked up elsewhere; here they are computed from the weights")
     peft_adapter:dict|None = _opt(None, "settings of the LLaMA adapter")
 
 OptionTable(PartialOptions)
@@ -824,7 +835,7 @@ MOVED = {"rope_scaling": "it belongs to the model's own config.json, or under `o
 # %% ../nbs/01_options.ipynb #8c4a08e6
 HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated",
     "sample_packing_mp_start_method": "packing needs no processes", "total_num_tokens": "tokens are counted", "total_supervised_tokens": "tokens are counted", "multipack_real_batches": "rows of a packed batch are always kept apart",
-    "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "datasets.preprocess_shards": "rows are always prepared in batches, in flat memory", "datasets.type.field": "`completion` names its column beside `type`",
+    "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "spectrum_model_name": "ratios are computed from the weights themselves", "datasets.preprocess_shards": "rows are always prepared in batches, in flat memory", "datasets.type.field": "`completion` names its column beside `type`",
     "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "tokenizer_use_fast": "only fast tokenizers are used",
     **{f"is_{o}_derived_model": "the architecture is read from the model's config" for o in ("falcon","llama","mistral","qwen")}}
 "Keys that are accepted and say nothing, with the reason; a note repeats it"

@@ -6,8 +6,8 @@ Docs: https://tuneforge.github.io/tuneforge/packing.html.md"""
 
 # %% auto #0
 __all__ = ['COMPILE_FROM', 'length_correlation', 'compiled', 'pack', 'split_bins', 'deal', 'epoch_order', 'group_by_length',
-           'PackPlan', 'plan_epoch', 'packing_way', 'plan_training', 'plan_evaluation', 'count_steps', 'RunPlan',
-           'block_mask', 'Collator']
+           'PackPlan', 'deal_steps', 'plan_epoch', 'packing_way', 'plan_training', 'plan_evaluation', 'count_steps',
+           'RunPlan', 'block_mask', 'Collator']
 
 # %% ../nbs/15_packing.ipynb #963f5490
 import math
@@ -261,6 +261,21 @@ class PackPlan:
         full = f", {self.efficiency:.2%} full" if self.capacity else ""
         return f"{len(self.sample_ids):,} samples in {len(self.bin_offsets)-1:,} bins{full}; {self.steps:,} steps of {'×'.join(map(str, self.order.shape[1:]))} (ranks × accumulation × rows)"
 
+# %% ../nbs/15_packing.ipynb #d5a1c0e7
+def deal_steps(
+    sample_ids:np.ndarray, # samples, bin after bin
+    bin_offsets:np.ndarray, # where each bin begins; one more than bins, of which there are whole steps
+    lengths:np.ndarray, # tokens of each sample, by id
+    shape:tuple[int,int,int], # (world_size, accumulation, micro_batch_size)
+    capacity:int, # tokens in a bin; 0 without packing
+) -> PackPlan: # bins in order, those of each step dealt to the ranks
+    "Deal out the bins of whole steps"
+    held,per_step = lengths[sample_ids],math.prod(shape)
+    steps = (len(bin_offsets)-1)//per_step
+    cost = np.diff(np.append(0, np.cumsum(held.astype(np.int64)**2))[bin_offsets]).reshape(steps, per_step)
+    bins = deal(cost, shape[0]) + np.arange(0, steps*per_step, per_step)[:,None,None]
+    return PackPlan(sample_ids, bin_offsets, held, bins.reshape(steps, *shape), capacity)
+
 # %% ../nbs/15_packing.ipynb #173e56b0
 def plan_epoch(
     lengths:np.ndarray, # tokens of each sample
@@ -286,10 +301,7 @@ def plan_epoch(
     if way=="by_length": order,way = group_by_length(lengths, order, per_step, rng),"single"
     ids,offsets = pack(lengths, order, capacity, way, look_ahead, most, rng if shuffle else None, compile)
     steps = max(steps, math.ceil((len(offsets)-1)/per_step))
-    plan = PackPlan(ids, split_bins(offsets, steps*per_step), lengths[ids], np.zeros((0,1,1,1), int), capacity if way!="single" else 0)
-    cost = plan.per_bin(plan.lengths.astype(np.int64)**2).reshape(steps, per_step)
-    bins = deal(cost, world_size) + np.arange(0, steps*per_step, per_step)[:,None,None]
-    return PackPlan(plan.sample_ids, plan.bin_offsets, plan.lengths, bins.reshape(steps, world_size, accumulation, micro_batch_size), plan.capacity)
+    return deal_steps(ids, split_bins(offsets, steps*per_step), lengths, (world_size, accumulation, micro_batch_size), capacity if way!="single" else 0)
 
 # %% ../nbs/15_packing.ipynb #5852d53c
 def packing_way(

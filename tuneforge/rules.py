@@ -70,7 +70,7 @@ def in_yaml(
 
 # %% ../nbs/02_rules.ipynb #75f7310f
 ONE_OF = ["batch_size gradient_accumulation_steps", "warmup_ratio warmup_steps", "saves_per_epoch save_steps", "evals_per_epoch eval_steps", "test_datasets val_set_size", "embedding_lr embedding_lr_scale",
-    "max_memory gpu_memory_limit", "deepspeed fsdp", "rl reward_model", "lr_groups loraplus_lr_ratio", "sample_packing batch_flattening", "datasets pretraining_dataset", "load_in_8bit load_in_4bit gptq",
+    "max_memory gpu_memory_limit", "unfrozen_parameters lisa_n_layers spectrum_top_fraction", "relora_steps jagged_restart_steps", "pose_split_on_token_ids pose_num_chunks", "deepspeed fsdp", "rl reward_model", "lr_groups loraplus_lr_ratio", "sample_packing batch_flattening", "datasets pretraining_dataset", "load_in_8bit load_in_4bit gptq",
     "cut_cross_entropy chunked_cross_entropy liger_cross_entropy liger_fused_linear_cross_entropy", "flash_attn_cross_entropy unsloth_cross_entropy_loss", "fp16 bfloat16 float16 float32 bf16",
     "attn_implementation flash_attention sdp_attention eager_attention flex_attention xformers_attention s2_attention"]
 "Keys of which only one can be meant"
@@ -85,7 +85,7 @@ def _one_of(cfg):
 _lora = [k for k in LoraOptions.model_fields if k!="adapter"]
 NEEDS = {
     "loraplus_lr_ratio": "loraplus_lr_embedding", "adapter": f"{' '.join(_lora)} loraplus_lr_ratio relora relora_steps qlora_sharded_model_loading", "load_in_4bit|load_in_8bit": "bnb_config_kwargs", "gptq": "gptq_disable_exllama",
-    "peft_layers_to_transform": "peft_layers_pattern", "relora|relora_steps": "relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_cpu_offload", "jagged_restart_steps": "jagged_restart_warmup_steps jagged_restart_anneal_steps",
+    "peft_layers_to_transform": "peft_layers_pattern", "relora|relora_steps": "relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload", "jagged_restart_steps": "jagged_restart_warmup_steps jagged_restart_anneal_steps",
     "lisa_n_layers": "lisa_step_interval lisa_layers_attribute", "sample_packing": "eval_sample_packing packing sample_packing_sequentially sample_packing_group_size sample_packing_bin_size", "sample_packing|batch_flattening": "packing_check", "use_pose": "pose_split_on_token_ids pose_max_context_len pose_num_chunks",
     "pretraining_dataset|streaming": "pretraining_sample_concatenation pretrain_multipack_buffer_size streaming_multipack_buffer_size pretrain_multipack_attn", "torch_compile": "torch_compile_backend torch_compile_mode",
     "gradient_checkpointing": "gradient_checkpointing_kwargs activation_offloading", "chunked_cross_entropy": "chunked_cross_entropy_num_chunks", "flex_attention|attn_implementation=flex_attention": "flex_attn_compile_kwargs",
@@ -297,19 +297,9 @@ def _adapter_gets_along(cfg):
     if not cfg.adapter: return
     for k in ("flash_attn_fuse_qkv","flash_attn_fuse_mlp"):
         if getattr(cfg, k): yield k, f"`{k}` joins the layers that the adapter adapts: remove it"
-    if cfg.unfrozen_parameters and cfg.peft_layers_to_transform is not None: yield "unfrozen_parameters", "`unfrozen_parameters` and `peft_layers_to_transform` both say what is trained"
+    for k in ("unfrozen_parameters","lisa_n_layers","spectrum_top_fraction"):
+        if getattr(cfg, k): yield k, f"`{k}` trains weights of the base, and an adapter neither changes nor saves them: name layers to train in full under `lora_modules_to_save`"
     if cfg.lora_target_parameters and cfg.lora_dropout: yield "lora_dropout", "`lora_target_parameters` allows no `lora_dropout`"
-
-@rule
-def _restarts_get_along(cfg):
-    if not (cfg.relora or cfg.relora_steps): return
-    for k in ("fsdp","deepspeed"):
-        if getattr(cfg, k): yield k, f"ReLoRA rewrites the base, which `{k}` has spread over devices"
-    if cfg.lr_scheduler=="one_cycle": yield "lr_scheduler", "ReLoRA restarts the schedule, and `one_cycle` has only one"
-
-@rule
-def _frozen_inputs_need_a_gradient(cfg):
-    if cfg.unfrozen_parameters and (cfg.gradient_checkpointing_kwargs or {}).get("use_reentrant"): yield "gradient_checkpointing_kwargs", "with `unfrozen_parameters` checkpointing must not be reentrant: `use_reentrant: false`"
 
 # %% ../nbs/02_rules.ipynb #b0a1f702
 def _value(text): # what a text looks like
@@ -387,10 +377,65 @@ def _schedules_of_their_own(cfg):
 
 @rule
 def _teeth_have_room(cfg):
-    if not (every := cfg.jagged_restart_steps): return
-    taken = sum(d if n is None else n for n,d in ((cfg.jagged_restart_warmup_steps, 10), (cfg.jagged_restart_anneal_steps, 1)))
-    if taken>=every: yield "jagged_restart_steps", f"warmup and cooling take {taken} steps, and there are {every} between two restarts"
-    if cfg.lr_scheduler in ("one_cycle","reduce_lr_on_plateau","greedy"): yield "jagged_restart_steps", f"`lr_scheduler: {cfg.lr_scheduler}` cannot be restarted"
+    key = "relora_steps" if cfg.relora_steps else "jagged_restart_steps"
+    if not (every := getattr(cfg, key)): return
+    said = lambda what: next((n for o in ("relora","jagged_restart") if (n := getattr(cfg, f"{o}_{what}_steps")) is not None), None)
+    taken = sum(d if n is None else n for n,d in ((said("warmup"), 10), (said("anneal"), 1)))
+    if taken>=every: yield key, f"warmup and cooling take {taken} steps, and there are {every} between two restarts"
+    if cfg.lr_scheduler in ("one_cycle","reduce_lr_on_plateau","greedy"): yield key, f"`lr_scheduler: {cfg.lr_scheduler}` cannot be restarted"
+
+# %% ../nbs/02_rules.ipynb #18a14c65
+@rule
+def _adapter_begins(cfg):
+    init = cfg.peft_init_lora_weights
+    quantised = next((k for k in ("load_in_4bit","load_in_8bit","gptq") if getattr(cfg, k)), None)
+    if init in ("eva","corda","lora_ga"): yield "peft_init_lora_weights", f"`{init}` looks at data before it begins, which tuneforge does not do: use `pissa` or `olora`, which look at the weights"
+    elif isinstance(init, str) and not re.fullmatch("gaussian|pissa|pissa_niter_[1-9][0-9]*|olora|orthogonal|mica|loftq", init): yield "peft_init_lora_weights", f"unknown `peft_init_lora_weights: {init}`; there are gaussian, pissa, pissa_niter_16, olora, orthogonal, mica, loftq"
+    if init=="loftq" and not (cfg.peft and cfg.peft.loftq_config): yield "peft_init_lora_weights", "`loftq` needs its settings: `peft: {loftq_config: {loftq_bits: 4}}`"
+    if init not in (None,"loftq") and cfg.peft and cfg.peft.loftq_config: yield "peft_init_lora_weights", f"`{init}` and `loftq_config` both say how the adapter begins"
+    if quantised and (init=="loftq" or cfg.peft and cfg.peft.loftq_config): yield quantised, f"LoftQ quantises the base itself: remove `{quantised}`"
+    changes = isinstance(init, str) and init.startswith(("pissa","olora"))
+    if quantised and changes: yield quantised, f"`peft_init_lora_weights: {init}` takes a part out of the base, which must not be quantised: remove `{quantised}`"
+    if cfg.peft_use_dora and (changes or cfg.peft): yield "peft_use_dora", "DoRA keeps the length of the base's columns, which this beginning changes: remove one of them"
+    if init=="orthogonal" and cfg.lora_r%2: yield "lora_r", f"`peft_init_lora_weights: orthogonal` needs an even rank, not {cfg.lora_r}"
+
+# %% ../nbs/02_rules.ipynb #18a14c68
+@rule
+def _rows_are_views(cfg):
+    ranges = [p for p in cfg.unfrozen_parameters or [] if re.search(r"\[\d*:?\d*\]$", p)]
+    if not ranges: return
+    whole = next((f"optimizer: {cfg.optimizer}" for o in ("galore","apollo","lomo","grokadamw") if o in cfg.optimizer), None)
+    for k in [*(k for k in ("fp16","fsdp","deepspeed") if getattr(cfg, k)), *[whole]*bool(whole)]:
+        yield "unfrozen_parameters", f"`{ranges[0]}` names rows, which the optimizer gets apart from their tensor: that does not go with `{k}`"
+
+@rule
+def _positions_are_skipped(cfg):
+    if not cfg.use_pose: return
+    if not cfg.pose_max_context_len: yield "use_pose", "`use_pose` needs `pose_max_context_len`: the context to train for"
+    elif cfg.pose_max_context_len<=cfg.sequence_len: yield "pose_max_context_len", f"`pose_max_context_len: {cfg.pose_max_context_len}` leaves nothing to skip: it must be over `sequence_len: {cfg.sequence_len}`"
+    for k in ("sample_packing","batch_flattening"):
+        if getattr(cfg, k): yield k, f"`use_pose` gives a row its own positions, and `{k}` uses positions to tell samples apart: remove one of them"
+
+# %% ../nbs/02_rules.ipynb #18a14c69
+@rule
+def _restarts_get_along(cfg):
+    if not (cfg.relora or cfg.relora_steps): return
+    for k in ("fsdp","deepspeed"):
+        if getattr(cfg, k): yield k, f"ReLoRA rewrites the base, which `{k}` has spread over devices"
+    if not (cfg.relora_steps or cfg.jagged_restart_steps): yield "relora", "`relora: true` needs `relora_steps`"
+    if cfg.peft_use_dora: yield "peft_use_dora", "ReLoRA begins each adapter anew, and DoRA's magnitudes belong to the old one: remove `peft_use_dora`"
+    if cfg.peft_layer_replication: yield "peft_layer_replication", "ReLoRA adds to the base, whose layers `peft_layer_replication` shares between copies"
+    if cfg.lora_target_parameters: yield "lora_target_parameters", "ReLoRA merges linear layers, and experts that are kept in one tensor are none: remove `lora_target_parameters`"
+    if cfg.peft_init_lora_weights not in (None,True,"gaussian"): yield "peft_init_lora_weights", "ReLoRA begins each adapter with no effect: remove `peft_init_lora_weights`, or say `gaussian`"
+    own = any(o in cfg.optimizer for o in ("schedule_free","grokadamw","lomo","layerwise","muon"))
+    if own: yield "optimizer", f"`optimizer: {cfg.optimizer}` remembers the old adapter where ReLoRA cannot reach it: use `adamw_torch_fused`"
+    packed = any(o in cfg.optimizer for o in ("8bit","4bit","fp8","adafactor","came","ademamix","galore","apollo"))
+    if packed and not own and cfg.relora_prune_method!="reset": yield "optimizer", f"`optimizer: {cfg.optimizer}` keeps no number for each weight, so a part of it cannot be forgotten: add `relora_prune_method: reset`"
+    if cfg.relora_prune_method=="reset" and asks(cfg, "relora_prune_ratio"): yield "relora_prune_ratio", "`relora_prune_ratio` has no effect with `relora_prune_method: reset`"
+
+@rule
+def _frozen_inputs_need_a_gradient(cfg):
+    if cfg.unfrozen_parameters and (cfg.gradient_checkpointing_kwargs or {}).get("use_reentrant"): yield "gradient_checkpointing_kwargs", "with `unfrozen_parameters` checkpointing must not be reentrant: `use_reentrant: false`"
 
 # %% ../nbs/02_rules.ipynb #b35fdaa5
 @rule

@@ -14,6 +14,7 @@ import math
 from functools import partial
 from typing import Callable
 from .config import OptimOptions, PartialOptions, ScheduleOptions, UserError
+from .derive import restart_steps
 
 # %% ../nbs/29_schedules.ipynb #7335014b
 def rise(
@@ -184,9 +185,9 @@ def schedule(
     if name=="one_cycle" and opts.lr_div_factor: kw["div_factor"] = opts.lr_div_factor
     f = (lambda step: 1.) if schedule_free(opts) else _falling(opts, warmup, total, kw) if name in CURVES else \
         partial(SELF_MADE[name], warmup=warmup, total=total, **kw) if name in SELF_MADE else _level(opts, warmup, kw)
-    if not opts.jagged_restart_steps: return f
-    teeth = dict(warmup=opts.jagged_restart_warmup_steps, anneal=opts.jagged_restart_anneal_steps)
-    return jagged(f, opts.jagged_restart_steps, **{k: v for k,v in teeth.items() if v is not None})
+    if not (every := restart_steps(opts)): return f
+    teeth = {k: v for o in ("jagged_restart","relora") for k in ("warmup","anneal") if (v := getattr(opts, f"{o}_{k}_steps")) is not None}
+    return jagged(f, every, **teeth)
 
 # %% ../nbs/29_schedules.ipynb #7c6ae0c6
 def draw_schedules(

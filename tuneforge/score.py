@@ -21,7 +21,7 @@ from .dataset import prepare_data, sample_lengths
 from .evaluate import Answers, answer_all
 from .infer import load_finetuned
 from .mixing import fingerprints
-from .packing import Collator, plan_epochs
+from .packing import Collator, plan_epoch
 from .talk import read_rows
 from .tokens import IGNORE, bos_ids
 from .train import PlanLoader, causal_loss
@@ -36,7 +36,7 @@ def losses(
 ) -> dict: # `loss`, `perplexity`, `token_accuracy`, `rows`, `tokens`
     "Score tokenised rows"
     lengths = sample_lengths(ds)
-    plan = plan_epochs(lengths, int(lengths.max()), batch_size, packing=False, shuffle=False)[0]
+    plan = plan_epoch(lengths, int(lengths.max()), batch_size, way="single", shuffle=False)
     total,right,n = 0.,0,0
     for b in PlanLoader(ds, [plan], Collator(pad_id, packed=False)):
         b = {k: v.to(model.device) for k,v in b.items()}
