@@ -108,6 +108,7 @@ def _interruptible():
     old = signal.signal(signal.SIGINT, lambda *_: setattr(stop, "asked", True))
     return StoppingCriteriaList([stop]),lambda: signal.signal(signal.SIGINT, old)
 
+# %% ../nbs/55_talk.ipynb #53cfc68e
 def _read(read):
     "A question of one line or several"
     lines = [read("> ")]
