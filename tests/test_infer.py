@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from tuneforge.all import *
 from tuneforge.talk import answer_file, command, converse, read_rows
-from tests.tools import ROOT, bin, run, tuneforge, write_jsonl
+from tests.tools import bin, command as shell, run, tuneforge, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,12 @@ save_strategy: no
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    "A trained adapter, by the command line"
+    "A trained adapter"
     d = tmp_path_factory.mktemp("home")
     write_jsonl(d/"train.jsonl", [dict(messages=[dict(role="user", content=r["instruction"]), dict(role="assistant", content=r["output"])]) for r in Village().questions(list(Village().people)[:4])])
     (d/"c.yml").write_text(CONFIG.format(type="chat_template"))
-    res = tuneforge("train", "c.yml", cwd=d)
-    assert res.returncode==0, res.stderr
+    code, _, err = shell("train", "c.yml", cwd=d)
+    assert code==0, err
     return d
 
 
@@ -125,6 +125,18 @@ def test_a_conversation_that_is_too_long_goes_on(tok, model):
     assert "leaves no room" in "".join(said) and [t for r, t in talk.turns if r=="user"]==["One?"]
 
 
+def test_an_answer_that_is_stopped_is_kept(tok, model):
+    said, opts, before = [], SamplingOptions(max_new_tokens=100, repetition_penalty=2.0), signal.getsignal(signal.SIGINT)
+    def write(piece):
+        said.append(piece)
+        if len(said)==3: signal.raise_signal(signal.SIGINT)
+    converse(talk := Talk(model, tok, CHAT, opts), script("One?", "/set max_new_tokens 2"), write)
+    answer, whole = talk.turns[1][1], Talk(model, tok, CHAT, opts).say("One?")
+    assert whole.startswith(answer) and 0<len(answer)<len(whole)/2 and talk.sampling.max_new_tokens==2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(tmp_path):
     pexpect = pytest.importorskip("pexpect")
     code = """
@@ -132,6 +144,7 @@ from tuneforge.all import *
 from tuneforge.talk import converse
 tok = load_tokenizer(TokenizerOptions(base_model="tiny:llama"))
 talk = Talk(load_model(ModelOptions(base_model="tiny:llama"), tok), tok, DatasetOptions(path="x", type="chat_template"), SamplingOptions(max_new_tokens=1900, temperature=2.0))
+talk.model.generation_config.eos_token_id = None # it never ends by itself
 converse(talk)
 print("TURNS", len(talk.turns))
 """
@@ -151,37 +164,57 @@ print("TURNS", len(talk.turns))
 # The command
 
 def test_the_faces_of_inference(home):
-    ask = lambda *a, **kw: tuneforge("inference", "c.yml", "--max-new-tokens", "6", *a, cwd=home, **kw)
-    pipe = ask(stdin="Where does Bagol live?")
-    assert pipe.returncode==0 and pipe.stdout.strip(), pipe.stderr
+    def ask(*args, stdin="Where does Bagol live?", code=0):
+        got, out, err = shell("inference", "c.yml", "--max-new-tokens", "6", *args, cwd=home, stdin=stdin)
+        assert got==code, err
+        return out if code==0 else err
+    pipe = ask()
+    assert pipe.strip()
     (home/"q.txt").write_text("Where does Bagol live?\n")
-    assert ask("--prompt-file", "q.txt").stdout==pipe.stdout
-    chat = ask("--chat", stdin="Where does Bagol live?\n/system Be brief.\n/quit\n")
-    assert chat.stdout==pipe.stdout+"the model is told: Be brief.\n", chat.stderr
-    both = ask("--compare", stdin="Where does Bagol live?")
-    assert both.returncode==0 and "base" in both.stdout and "tuned" in both.stdout, both.stderr
-    assert ask("--use", "base", stdin="Where does Bagol live?").returncode==0
-    gone = ask("--use", "merged", stdin="x")
-    assert gone.returncode==2 and "merge-lora" in gone.stderr
-    merged = tuneforge("merge-lora", "c.yml", cwd=home)
-    assert merged.returncode==0 and "prompt 1" in merged.stdout, merged.stderr
-    assert ask("--use", "merged", stdin="Where does Bagol live?").stdout==pipe.stdout
+    assert ask("--prompt-file", "q.txt")==pipe
+    assert ask("--chat", stdin="Where does Bagol live?\n/system Be brief.\n/quit\n")==pipe+"the model is told: Be brief.\n"
+    both = ask("--compare")
+    assert "base" in both and "tuned" in both
+    assert ask("--use", "base").strip()
+    assert "merge-lora" in ask("--use", "merged", code=2)
+    code, out, err = shell("merge-lora", "c.yml", cwd=home)
+    assert code==0 and "prompt 1" in out, err
+    assert ask("--use", "merged")==pipe
+    assert "nothing to answer" in ask(stdin=" \n", code=2)
 
 
-def test_a_file_of_questions_goes_on_after_kill(home, tmp_path):
-    rows = [dict(prompt=f"Where does {p} live?", id=i) for i, p in enumerate(list(Village().people)[:12])]
+def rows_of(people): return [dict(prompt=f"Where does {p} live?", id=i) for i, p in enumerate(people)]
+
+
+def test_a_file_of_questions_goes_on(home, tmp_path):
+    "From every place where a run may have been cut off"
+    rows = rows_of(list(Village().people)[:5])
     write_jsonl(tmp_path/"in.jsonl", rows)
-    args = ["inference", "c.yml", "--input", tmp_path/"in.jsonl", "--max-new-tokens", "5", "--batch-size", "2"]
-    whole = tuneforge(*args, "--output", tmp_path/"whole.jsonl", cwd=home)
-    assert whole.returncode==0 and "12 rows" in whole.stdout, whole.stderr
-    p = subprocess.Popen([bin("tuneforge"), *map(str, args), "--output", str(tmp_path/"out.jsonl")], cwd=home, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    args = ["inference", "c.yml", "--input", tmp_path/"in.jsonl", "--max-new-tokens", "5", "--batch-size", "2", "--output", out := tmp_path/"out.jsonl"]
+    code, said, err = shell(*args, cwd=home)
+    assert code==0 and "5 rows answered\n" in said, err
+    whole = out.read_bytes()
+    assert [(r["id"], r["prompt"]) for r in read_rows(out)]==[(r["id"], r["prompt"]) for r in rows]
+    for cut in (0, 10, whole.index(b"\n"), whole.index(b"\n")+1, len(whole)-1, len(whole)):
+        out.write_bytes(whole[:cut])
+        code, said, err = shell(*args, cwd=home)
+        there = whole[:cut].count(b"\n")
+        assert code==0 and f"{5-there} rows answered"+(f", {there} were there already" if there else "") in said, err
+        assert out.read_bytes()==whole
+
+
+@pytest.mark.slow
+def test_a_file_of_questions_goes_on_after_kill(home, tmp_path):
+    rows = rows_of(list(Village().people)[:12])
+    write_jsonl(tmp_path/"in.jsonl", rows)
+    args = ["inference", "c.yml", "--input", tmp_path/"in.jsonl", "--max-new-tokens", "5", "--batch-size", "2", "--output"]
+    assert shell(*args, tmp_path/"whole.jsonl", cwd=home)[0]==0
+    p = subprocess.Popen([bin("tuneforge"), *map(str, args), str(tmp_path/"out.jsonl")], cwd=home, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while p.poll() is None and not (out := tmp_path/"out.jsonl").is_file() or p.poll() is None and out.stat().st_size==0: time.sleep(0.01)
     p.send_signal(signal.SIGKILL), p.wait()
-    with open(out, "ab") as f: f.write(b'{"prompt": "cut o')
-    again = tuneforge(*args, "--output", out, cwd=home)
-    assert again.returncode==0 and "were there already" in again.stdout, again.stderr
+    code, said, err = shell(*args, out, cwd=home)
+    assert code==0 and "were there already" in said, err
     assert out.read_text()==(tmp_path/"whole.jsonl").read_text()
-    assert [(r["id"], r["prompt"]) for r in read_rows(out)]==[(r["id"], r["prompt"]) for r in rows]
 
 
 def test_answers_of_two_models_are_not_mixed(tok, model, tmp_path):
@@ -212,14 +245,8 @@ def test_bad_files(tok, model, tmp_path):
 @pytest.mark.parametrize("args, said", [(["--input", "q.jsonl"], "needs --output"), (["--output", "o.jsonl"], "needs --input"), (["--chat", "--gradio"], "only one of"), (["--prompt-file", "gone.txt"], "no such file"),
     (["--use", "best"], "there is no model 'best'"), (["--temperature", "-1"], "temperature"), (["--top-p", "0.5"], "has no effect without")])
 def test_bad_arguments(home, args, said):
-    from tuneforge.cli import main
-    import contextlib, io
-    here, err = os.getcwd(), io.StringIO()
-    os.chdir(home)
-    try:
-        with contextlib.redirect_stderr(err): code = main(["inference", "c.yml", *args])
-    finally: os.chdir(here)
-    assert code==2 and said in err.getvalue(), err.getvalue()
+    code, _, err = shell("inference", "c.yml", *args, cwd=home)
+    assert code==2 and said in err, err
 
 
 def test_golden_prompts_are_verified(home, tmp_path, caplog):
@@ -242,6 +269,26 @@ def test_an_adapter_of_another_base(home):
 
 # The page
 
+def test_the_page_is_for_this_machine_alone(tok, model, capsys):
+    "Where it listens, what a taken port says, and that its answers are those of the model"
+    import gradio
+    from gradio_client import Client
+    from tuneforge.web import build_page, serve
+    opts = GradioOptions(gradio_title="The village", gradio_max_new_tokens=6, gradio_temperature=0)
+    assert opts.gradio_server_name=="127.0.0.1" and opts.gradio_share is False
+    page = build_page(talk := Talk(model, tok, CHAT, SamplingOptions(max_new_tokens=6)), opts)
+    try:
+        address = serve(page, opts, block=False)
+        port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/", address)[1])
+        line = capsys.readouterr().out
+        assert address in line and "shared" not in line and page.share is False
+        assert _listens("127.0.0.1", port) and not _listens("127.0.0.2", port) and not _listens(_own_address(), port) # every address of 127/8 is this machine: bound to all of them, it would answer
+        assert Client(address, verbose=False, analytics_enabled=False).predict("Where does Bagol live?", "", 0, 6, api_name="/chat")==talk.say("Where does Bagol live?")
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*leave the port out"): serve(page, opts.model_copy(update=dict(gradio_server_port=port)), block=False)
+    finally: page.close()
+
+
+@pytest.mark.slow
 def test_the_page_in_a_browser(home, tmp_path):
     "Started by the command, opened in headless chromium, asked through its own interface; nobody else is asked for anything"
     import shutil

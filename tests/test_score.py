@@ -4,7 +4,7 @@ from importlib import util
 import numpy as np, pytest, torch
 from tuneforge.all import *
 from tuneforge.score import by_dataset, check_unseen, choice_prompt, find_tasks, harness, losses, read_bench, text_scores
-from tests.tools import write_jsonl
+from tests.tools import command, write_jsonl
 
 VILLAGE = Village()
 
@@ -278,14 +278,6 @@ def test_an_untrained_run(cfg, tmp_path):
 
 
 # The command
-
-def command(*args):
-    import contextlib, io
-    from tuneforge.cli import main
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main([str(a) for a in args])
-    return code, out.getvalue(), err.getvalue()
-
 
 def test_before_and_after(home, cfg, tok, questions, tmp_path):
     "Every figure of the table against the model of the run, and the base, by hand"

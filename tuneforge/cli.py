@@ -101,9 +101,7 @@ def evaluate(
 # %% ../nbs/60_cli.ipynb #cc06872c
 def _one_prompt(prompt_file):
     "The prompt from a file or a pipe; None: a person is there"
-    if prompt_file:
-        if not Path(prompt_file).is_file(): raise UserError(f"no such file: {prompt_file}")
-        text = Path(prompt_file).read_text(encoding="utf-8")
+    if prompt_file: text = Path(prompt_file).read_text(encoding="utf-8")
     elif sys.stdin.isatty(): return None
     else: text = sys.stdin.read()
     if not text.strip(): raise UserError("there is nothing to answer: the prompt is empty")
@@ -112,7 +110,6 @@ def _one_prompt(prompt_file):
 def _answer_file(cfg, talk, base, input, output, batch_size, use):
     from tuneforge.all import generate
     from tuneforge.talk import answer_file
-    if not output: raise UserError("--input needs --output: where do the answers go?")
     other = (lambda ids: generate(base, talk.tokenizer, ids, talk.sampling)) if base is not None else None
     new,old = answer_file(talk.model, talk.tokenizer, talk.entry, input, output, talk.sampling, batch_size, other, f"{use} of {cfg.lora_model_dir or cfg.output_dir}")
     print(f"{output}: {new:,} rows answered"+(f", {old:,} were there already" if old else ""))
@@ -133,10 +130,12 @@ def inference(
     "Question the finetuned model: in a conversation, from a pipe or a file, on a page"
     if sum(map(bool, (chat, prompt_file, input, gradio)))>1: raise UserError("give only one of --chat, --prompt-file, --input and --gradio")
     if output and not input: raise UserError("--output needs --input: which rows are to be answered?")
+    if input and not output: raise UserError("--input needs --output: where do the answers go?")
     from tuneforge.all import Talk, load_finetuned, with_defaults
     entry = with_defaults(cfg.datasets[0], cfg)
-    text = None if chat or input or gradio else _one_prompt(prompt_file)
+    if gone := [f for f in (prompt_file,input) if f and not Path(f).is_file()]: raise UserError(f"no such file: {gone[0]}")
     model,tokenizer = load_finetuned(cfg, use)
+    text = None if chat or input or gradio else _one_prompt(prompt_file)
     base = load_finetuned(cfg, "base")[0] if compare else None
     talk = Talk(model, tokenizer, entry, cfg, cfg.default_system_message)
     if gradio: return _page(talk, cfg)

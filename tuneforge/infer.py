@@ -35,8 +35,8 @@ def verify_golden(
 def _whole(cfg, folder, tokenizer, before):
     "The model in a folder"
     if not (folder/"config.json").is_file(): raise UserError(f"there is no model in {folder}: run `tuneforge {before}` first")
-    return load_model(cfg.replace(base_model=str(folder), revision_of_model=None, load_in_4bit=False, load_in_8bit=False, adapter=None) if before=="merge-lora" else
-        cfg.model_copy(update=dict(base_model=str(folder), revision_of_model=None)), tokenizer)
+    plain = dict(load_in_4bit=False, load_in_8bit=False) if before=="merge-lora" else {}
+    return load_model(cfg.model_copy(update=dict(base_model=str(folder), revision_of_model=None) | plain), tokenizer)
 
 # %% ../nbs/51_infer.ipynb #f85ff038
 def load_finetuned(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from .adapters import BASE_FILE, CHANGES_BASE, adapter_folder, load_adapter, load_base, unshare
 from .checkpoint import write_text
 from .config import Config, ModelOptions, UserError, log
-from .models import best_device, choose_precision, fit_vocabulary, load_model, quantisation
+from .models import best_device, choose_precision, fit_vocabulary, load_model, model_class, quantisation
 from .tiny import resolve_model
 from .tokens import load_tokenizer
 
@@ -60,7 +60,8 @@ def _make_empty(opts):
     config = transformers.AutoConfig.from_pretrained(resolve_model(opts.base_model), revision=opts.revision_of_model)
     if getattr(config, "quantization_config", None):
         raise UserError(f"the weights of {opts.base_model} are stored quantised: name the model it was made from, with --base-model")
-    with init_empty_weights(include_buffers=False): model = getattr(transformers, opts.type_of_model or "AutoModelForCausalLM").from_config(config, dtype=torch.float32)
+    config.dtype,cls = torch.float32,model_class(opts)
+    with init_empty_weights(include_buffers=False): model = cls.from_config(config) if cls.__name__.startswith("Auto") else cls(config)
     model.tie_weights()
     return model
 

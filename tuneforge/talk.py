@@ -16,7 +16,7 @@ from .checkpoint import write_text
 from .config import Config, DatasetOptions, SamplingOptions, UserError, log
 from .infer import chat_row, generate, has_turns, question_ids, user_row, without_adapter, word_streamer
 from .prompts import kind, prompt_format
-from .tokens import prompt_ids
+from .tokens import bos_ids, prompt_ids
 
 # %% ../nbs/55_talk.ipynb #24a73a15
 @dataclass
@@ -192,8 +192,11 @@ def row_prompt(
 ) -> list[int]: # token ids
     "The prompt of a row. Raises `UserError` when it has none."
     if isinstance(row.get("prompt"), str): return question_ids(tokenizer, entry, user_row(entry, row["prompt"]), row["prompt"])
-    ids = prompt_ids(prompt_format(entry, tokenizer), tokenizer, row)
-    if not ids: raise UserError(f"there is no prompt in this row: give `prompt`, or the columns of `type: {entry.type}`")
+    fmt = prompt_format(entry, tokenizer)
+    for c,t in fmt.columns.items(): # of which the answer's may be missing: they leave the prompt as it is
+        if row.get(c) is None and (t is not str or fmt.prompt(row)!=fmt.prompt(row | {c: "?"})): raise UserError(f"there is no prompt in this row: give `prompt`, or `{c}` of `type: {fmt.name}`")
+    ids = prompt_ids(fmt, tokenizer, row)
+    if ids in ([], bos_ids(tokenizer)): raise UserError(f"`type: {fmt.name}` has no prompts of its own: give `prompt`")
     return ids
 
 # %% ../nbs/55_talk.ipynb #bb22512e
