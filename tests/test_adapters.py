@@ -60,24 +60,28 @@ def options(draw):
     return name, o
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def exact(name, init=None): # where round-off hides nothing; PEFT decomposes in float32 alone
+    return base(name) if isinstance(init, str) and init.startswith(("pissa", "olora")) else base(name).double()
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(options())
 def test_saved_loaded_merged_the_same(tmp_path_factory, given_):
     name, o = given_
     folder = tmp_path_factory.mktemp("adapter")
-    model = add_adapter(base(name), LoraOptions(**o))
     init = o.get("peft_init_lora_weights")
+    model = add_adapter(exact(name, init), LoraOptions(**o))
     first = first_factors(model) if isinstance(init, str) and init.startswith(("pissa", "olora")) else None
     want = logits(disturb(model))
     model.save_pretrained(folder)
-    assert torch.equal(logits(load_adapter(base(name), folder)), want)
+    assert torch.equal(logits(load_adapter(exact(name, init), folder)), want)
     if first: # the finished adapter is plain
         make_plain(folder, first)
         assert json.loads((folder/"adapter_config.json").read_text())["init_lora_weights"] is True
-    plain = load_adapter(base(name), folder)
-    scale = want.abs().max()
-    assert (logits(plain)-want).abs().max()<=1e-5*scale
-    if not o.get("lora_fan_in_fan_out") or name=="gpt2": assert (logits(plain.merge_and_unload())-want).abs().max()<=2e-5*scale
+    plain = load_adapter(exact(name, init), folder)
+    near = want.abs().max() * (1e-4 if first else 1e-12)
+    assert (logits(plain)-want).abs().max()<=near
+    if not o.get("lora_fan_in_fan_out") or name=="gpt2": assert (logits(plain.merge_and_unload())-want).abs().max()<=2*near
 
 
 @pytest.mark.parametrize("o", [dict(lora_target_linear=True), dict(lora_target_modules=["q_proj"], lora_target_parameters=["experts.gate_up_proj", "experts.down_proj"])])

@@ -158,17 +158,25 @@ def whole_or_absent(folder):
         if f.is_dir() and not f.name.endswith(".part"): assert is_whole(f)
 
 
+def wait_for_part(folder, process):
+    "When the process began to write"
+    known = set(folder.glob("*.part")) # halves of those that were killed before
+    while process.is_alive() and not set(folder.glob("*.part"))-known: time.sleep(0.005)
+    return time.monotonic()
+
+
 @pytest.mark.parametrize("processes, n", [(1, 8), (2, 4), *[pytest.param(*o, marks=pytest.mark.slow) for o in ((1, 40), (2, 12))]])
 def test_killed_at_any_moment(tmp_path, processes, n):
     big(tmp_path, 4000 if processes==1 else 10_001)
     want = content(go(tmp_path, "reference", dataset_processes=processes))
-    t = time.monotonic()
     p = spawn(tmp_path, folder="timed", dataset_processes=processes)
+    writing = wait_for_part(tmp_path/"timed", p)
     p.join()
-    whole, killed, halves = time.monotonic()-t, 0, 0
-    for i in range(n):
+    whole, killed, halves = time.monotonic()-writing, 0, 0
+    for i in range(n): # moments spread over the writing, from its first on: how long the start takes doesn't matter
         p = spawn(tmp_path, dataset_processes=processes)
-        p.join(whole*(i+1)/n)
+        wait_for_part(tmp_path/"prepared", p)
+        p.join(whole*i/n)
         killed += p.is_alive()
         p.kill()
         p.join()

@@ -26,21 +26,21 @@ def _number(x): return f"{x:.2e}" if x and abs(x)<1e-3 else f"{x:.3f}"
 class Speed:
     "Real tokens in a second, from the plan"
     def __init__(self,
-        tokens_by_step:list[int], # real tokens in each optimizer step
+        tokens_until, # optimizer step -> real tokens in all steps before it
     ):
-        self.total,self.start = np.concatenate([[0], np.cumsum(tokens_by_step)]),None
+        self.tokens_until,self.start = tokens_until,None
     def begin(self, step): self.start,self.first = time.perf_counter(),step
     def rate(self, step):
-        return (self.total[step]-self.total[self.first])/max(time.perf_counter()-self.start, 1e-9)
+        return (self.tokens_until(step)-self.tokens_until(self.first))/max(time.perf_counter()-self.start, 1e-9)
 
 # %% ../nbs/31_callbacks.ipynb #5b2c65c2
 class LiveProgress(TrainerCallback):
     "Step, loss, learning rate, tokens per second and time left, live"
     def __init__(self,
-        tokens_by_step:list[int], # real tokens in each optimizer step
+        tokens_until, # optimizer step -> real tokens in all steps before it
         title:str="Training", # before the bar
     ):
-        self.speed,self.title,self.said,self.show = Speed(tokens_by_step),title,{},None
+        self.speed,self.title,self.said,self.show = Speed(tokens_until),title,{},None
         self.console = Console(stderr=not in_ipython()) # stderr keeps stdout for results; a page has no such need
     def on_train_begin(self, args, state, control, **kwargs):
         self.speed.begin(state.global_step)

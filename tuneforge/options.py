@@ -81,7 +81,7 @@ def _table(**topics): return {k: advice for keys,advice in topics.values() for k
 
 NOT_YET = _table(
     half=("bf16=full", "use `bfloat16: true`"), tf32=("tf32=auto", "say true or false"),
-    texts=("pretraining_dataset streaming", "name the texts under `datasets`, with `type: completion`"), token=("hf_use_auth_token", "remove it: a token from `hf auth login` or `HF_TOKEN` is used by itself"),
+    token=("hf_use_auth_token", "remove it: a token from `hf auth login` or `HF_TOKEN` is used by itself"),
     loading=("dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor accelerator_config", "remove it: batches are made while the last one is computed"),
     model=("base_model_config base_model_ignore_patterns trust_remote_code cls_model_config processor_type model_kwargs overrides_of_model_config tokenizer_legacy "
         "tokens added_tokens_overrides resize_token_embeddings_to_32x mean_resizing_embeddings fix_untrained_tokens special_tokens.additional_special_tokens",
@@ -100,8 +100,7 @@ NOT_YET = _table(
 
 # %% ../nbs/01_options.ipynb #1c3773a1
 NOT_YET |= _table(
-    packing=("auto_find_batch_size pretraining_sample_concatenation "
-        "pretrain_multipack_buffer_size streaming_multipack_buffer_size pretrain_multipack_attn=False", "remove it, or use `sample_packing: true`"),
+    packing=("auto_find_batch_size", "remove it, and choose a smaller `micro_batch_size` with more `gradient_accumulation_steps`"),
     adapters=("adapter=llama-adapter peft_adapter", "use `adapter: lora`, or train all weights"),
     early=("profiler_steps profiler_steps_start", "remove it: it changes nothing about the result"),
     run=("save_strategy=best hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size "
@@ -395,7 +394,8 @@ class PretrainingDataset(SourceOptions):
     kind:Literal["pretraining"] = Field("pretraining", exclude=True, repr=False)
     type:Literal["pretrain","completion"] = _opt("pretrain", "format of the rows")
     text_column:str = _opt("text", "column with the text")
-    skip:int|None = _opt(None, "rows to leave out at the beginning", ge=0)
+    skip:int|None = _opt(None, "rows to leave out at the beginning, each time it is read", ge=0)
+    weight:float|None = _opt(None, "share of this stream in the mixture, relative to the others'", gt=0)
 
 OptionTable(PreferenceDataset, but=(SourceOptions,ChatOptions))
 
@@ -468,6 +468,8 @@ class PackingOptions(Options):
     sample_packing_sequentially:bool = _opt(False, "close a row at the first sample that does not fit: it holds neighbours, and more of it stays empty")
     sample_packing_group_size:int|None = _opt(None, "samples that are looked through for one that closes a gap; blank: a fiftieth of all, 200 to 10,000", gt=0)
     sample_packing_bin_size:int|None = _opt(None, "most samples in a row; blank: as many as fit", gt=0)
+    pretraining_sample_concatenation:bool|None = _opt(None, "join the texts of `pretraining_dataset`, and cut the joined text into rows of exactly `sequence_len`; packing cuts fewer texts")
+    pretrain_multipack_attn:bool = _opt(True, "keep the texts in a row of `pretraining_dataset` from seeing each other")
     curriculum_sampling:bool = _opt(False, "train in the order of the data, in every epoch")
     group_by_length:bool = _opt(False, "put samples of like length into a step, so that there is less padding; not with `sample_packing`")
     batch_flattening:bool|Literal["auto"]|None = _opt(None, "join the samples of a batch into one row without padding, isolated from each other; `auto`: with FlashAttention")
@@ -484,10 +486,8 @@ class OldPackingOptions(Options):
     total_num_tokens:int|None = _opt(None, "tokens in the data; here they are counted")
     total_supervised_tokens:int|None = _opt(None, "trained tokens in the data; here they are counted")
     multipack_real_batches:bool|None = _opt(None, "keep rows of a packed batch apart; here they always are")
-    pretraining_sample_concatenation:bool|None = _opt(None, "join texts of a stream to rows of `sequence_len`")
-    pretrain_multipack_buffer_size:int = _opt(10_000, "texts of a stream among which rows are packed", gt=0)
-    streaming_multipack_buffer_size:int = _opt(10_000, "samples of a stream among which rows are packed", gt=0)
-    pretrain_multipack_attn:bool = _opt(True, "isolate the texts in a packed row of a stream")
+    pretrain_multipack_buffer_size:int = _opt(10_000, "samples of a `pretraining_dataset` that are shuffled and packed together", gt=0)
+    streaming_multipack_buffer_size:int = _opt(10_000, "the same for `streaming: true`", gt=0)
     use_pose:bool|None = _opt(None, "skip positions at random, to train for longer contexts (PoSE, arXiv 2309.10400)")
     pose_split_on_token_ids:list[int]|None = _opt(None, "tokens behind which positions are skipped, in place of drawn ones")
     pose_max_context_len:int|None = _opt(None, "context to train for; over `sequence_len`", gt=0)

@@ -6,14 +6,16 @@ Docs: https://tuneforge.github.io/tuneforge/report.html.md"""
 
 # %% auto #0
 __all__ = ['LONG', 'SHORT', 'UNTRAINED', 'BAD', 'CUT_UNTRAINED', 'TWICE', 'HELD_OUT', 'OTHER_SHARD', 'OVER_CAP', 'UNDER_WEIGHT',
-           'REASONS', 'LOST', 'EDGES', 'tally', 'length_counts', 'SourceReport', 'check_losses', 'DataReport',
-           'save_report', 'load_report', 'plot_report']
+           'REASONS', 'LOST', 'EDGES', 'tally', 'length_counts', 'SourceReport', 'add_rows', 'check_losses',
+           'DataReport', 'save_report', 'load_report', 'plot_report']
 
 # %% ../nbs/09_report.ipynb #3ca3e258
 import io,json
 from base64 import b64encode
+from collections import Counter
 from dataclasses import asdict,dataclass,field
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 import numpy as np
 from .config import DataOptions, UserError, log
@@ -87,6 +89,19 @@ class SourceReport:
         return res+_first(f"of {self.compared:,} rows where inference and training differ", len(self.disagree), self.disagree)
 
 def _first(what, n, notes): return [f"{n:,} {what}:"]*bool(notes) + [f"  {o}" for o in notes[:3]] + ["  …"]*(n>3 and bool(notes))
+
+# %% ../nbs/09_report.ipynb #f371a482
+def add_rows(
+    report:SourceReport, # of the rows before; changed
+    more:SourceReport, # of rows of the same dataset
+):
+    "Count more rows"
+    for k in ("rows_in","rows_used","truncated","split","samples","tokens","trained","compared"): setattr(report, k, getattr(report, k)+getattr(more, k))
+    for k in ("dropped","pieces"): setattr(report, k, dict(Counter(getattr(report, k))+Counter(getattr(more, k))))
+    report.examples |= {why: (report.examples.get(why, [])+o)[:3] for why,o in more.examples.items()}
+    report.roles |= {r: [a+b for a,b in zip(report.roles.get(r, (0,0)), n)] for r,n in more.roles.items()}
+    report.lengths = [a+b for a,b in zip_longest(report.lengths, more.lengths, fillvalue=0)]
+    report.bad,report.disagree = (report.bad+more.bad)[:20],report.disagree+more.disagree
 
 # %% ../nbs/09_report.ipynb #7683228b
 def check_losses(

@@ -86,8 +86,8 @@ _lora = [k for k in LoraOptions.model_fields if k!="adapter"]
 NEEDS = {
     "loraplus_lr_ratio": "loraplus_lr_embedding", "adapter": f"{' '.join(_lora)} loraplus_lr_ratio relora relora_steps qlora_sharded_model_loading", "load_in_4bit|load_in_8bit": "bnb_config_kwargs", "gptq": "gptq_disable_exllama",
     "peft_layers_to_transform": "peft_layers_pattern", "relora|relora_steps": "relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload", "jagged_restart_steps": "jagged_restart_warmup_steps jagged_restart_anneal_steps",
-    "lisa_n_layers": "lisa_step_interval lisa_layers_attribute", "sample_packing": "eval_sample_packing packing sample_packing_sequentially sample_packing_group_size sample_packing_bin_size", "sample_packing|batch_flattening": "packing_check", "use_pose": "pose_split_on_token_ids pose_max_context_len pose_num_chunks",
-    "pretraining_dataset|streaming": "pretraining_sample_concatenation pretrain_multipack_buffer_size streaming_multipack_buffer_size pretrain_multipack_attn", "torch_compile": "torch_compile_backend torch_compile_mode",
+    "lisa_n_layers": "lisa_step_interval lisa_layers_attribute", "sample_packing": "eval_sample_packing packing sample_packing_sequentially sample_packing_group_size sample_packing_bin_size", "sample_packing|batch_flattening|pretraining_sample_concatenation": "packing_check", "use_pose": "pose_split_on_token_ids pose_max_context_len pose_num_chunks",
+    "pretraining_dataset": "pretraining_sample_concatenation pretrain_multipack_buffer_size pretrain_multipack_attn", "streaming": "streaming_multipack_buffer_size", "torch_compile": "torch_compile_backend torch_compile_mode",
     "gradient_checkpointing": "gradient_checkpointing_kwargs activation_offloading", "chunked_cross_entropy": "chunked_cross_entropy_num_chunks", "flex_attention|attn_implementation=flex_attention": "flex_attn_compile_kwargs",
     "fsdp|fsdp_config": "fsdp_version fsdp_final_state_dict_type", "rl": "rl_beta rl_adapter_ref_model max_prompt_len", "rl=dpo,ipo": "dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs", "rl=dpo": "rpo_alpha", "rl=orpo": "orpo_alpha",
     "rl=simpo": "simpo_gamma cpo_alpha", "rl=kto": "kto_desirable_weight kto_undesirable_weight", "loss_watchdog_threshold": "loss_watchdog_patience", "load_best_model_at_end|early_stopping_patience|save_strategy=best": "metric_for_best_model",
@@ -146,7 +146,17 @@ def _streams_end(cfg):
     if not cfg.max_steps: yield stream, f"`{stream}` needs `max_steps`: a stream does not say how long it is"
     if cfg.val_set_size: yield "val_set_size", f"`val_set_size` cannot be taken from a stream (`{stream}`): give `test_datasets`"
     if cfg.dataset_exact_deduplication: yield "dataset_exact_deduplication", f"a stream (`{stream}`) cannot be searched for duplicates"
-    if cfg.streaming and cfg.sample_packing and len(cfg.datasets)>1: yield "streaming", "only one dataset can be packed from a stream"
+    if cfg.dataset_shard_num: yield "dataset_shard_num", f"a stream (`{stream}`) is not cut into parts: `shards` of an entry takes every n-th row"
+    if cfg.on_bad_row=="quarantine": yield "on_bad_row", f"with a stream (`{stream}`), bad rows are counted and not kept: write `on_bad_row: skip`"
+    if asks(cfg, "mix_until"): yield "mix_until", f"`mix_until` has no effect with a stream (`{stream}`): `max_steps` is its end"
+    for i,e in enumerate(cfg.datasets):
+        if e.kind=="supervised" and e.max_rows: yield ("datasets",i,"max_rows"), "rows are drawn from what is known as a whole: of a stream, take the first with `split: train[:1000]`"
+
+@rule
+def _texts_are_joined_one_way(cfg):
+    if cfg.pretraining_sample_concatenation and cfg.sample_packing: yield "pretraining_sample_concatenation", "give only one of `sample_packing` and `pretraining_sample_concatenation`"
+    if cfg.pretraining_sample_concatenation and cfg.batch_flattening: yield "batch_flattening", "rows that are joined texts (`pretraining_sample_concatenation`) are full already"
+    if not cfg.pretrain_multipack_attn and not (cfg.sample_packing or cfg.pretraining_sample_concatenation): yield "pretrain_multipack_attn", "`pretrain_multipack_attn` has no effect without `sample_packing` or `pretraining_sample_concatenation`"
 
 @rule
 def _rows_are_whole(cfg):
@@ -170,8 +180,9 @@ def _raw_rows_have_no_duplicates(cfg):
 # %% ../nbs/02_rules.ipynb #844cdeab
 @rule
 def _mixtures_are_whole(cfg):
-    weighed = [e.kind=="supervised" and e.weight is not None for e in cfg.datasets]
-    if any(weighed) and not all(weighed): yield ("datasets",weighed.index(False)), "give every dataset a `weight`, or none"
+    name,entries = ("pretraining_dataset",cfg.pretraining_dataset) if cfg.pretraining_dataset else ("datasets",cfg.datasets)
+    weighed = [e.kind in ("supervised","pretraining") and e.weight is not None for e in entries]
+    if any(weighed) and not all(weighed): yield (name,weighed.index(False)), "give every dataset a `weight`, or none"
     for i,e in enumerate(cfg.test_datasets or []):
         if e.kind=="supervised" and e.weight is not None: yield ("test_datasets",i,"weight"), "`weight` has no effect in `test_datasets`: all of them are evaluated on"
     for k in ("mix_by","mix_until"):
