@@ -32,6 +32,7 @@ from .chat import *
 from .tokens import *
 from .dataset import *
 from .packing import *
+from .stream import *
 from .inspect import *
 from .audit import *
 from .strips import *
@@ -47,6 +48,7 @@ from .schedules import *
 from .optim import *
 from .callbacks import *
 from .checkpoint import *
+from .loaders import *
 from .train import *
 from .merge import *
 from .infer import *

@@ -165,7 +165,7 @@ MAY_CHANGE = {
     "what is written where": {"output_dir","logging_steps","save_strategy","save_steps","saves_per_epoch","save_total_limit","save_only_model","save_first_step","save_safetensors","resume",
         "resume_from_checkpoint","auto_resume_from_checkpoints","hub_model_id","hub_strategy","hub_revision",*LoggingOptions.model_fields,*GradioOptions.model_fields,*FileOptions.model_fields},
     "how the work is shared out (the rows of a step are compared instead)": {"micro_batch_size","gradient_accumulation_steps","batch_size","eval_batch_size",*DistributedOptions.model_fields},
-    "where data come from (their tokens are compared instead)": {"datasets","test_datasets",*PreparedOptions.model_fields}}
+    "where data come from (their tokens are compared instead)": {"datasets","test_datasets","pretraining_dataset",*PreparedOptions.model_fields}}
 "why -> keys that may differ when a run goes on"
 
 def _flat(value, key=""):
@@ -179,7 +179,7 @@ def drift(
     now:dict, # facts of this run
 ) -> list[str]: # `key: then → now`; empty: nothing that matters
     "What has changed since a checkpoint was written"
-    skip = set().union(*MAY_CHANGE.values()) - ({"datasets","test_datasets"} if then["data"]!=now["data"] else set())
+    skip = set().union(*MAY_CHANGE.values()) - ({"datasets","test_datasets","pretraining_dataset"} if then["data"]!=now["data"] else set())
     pick = lambda f: _flat({k: v for k,v in f["config"].items() if k not in skip} | {k: f[k] for k in ("data","rows_per_step","steps","plan")})
     a,b = pick(then),pick(now)
     said = lambda d,k: json.dumps(d[k], default=str) if k in d else "(not there)"

@@ -26,13 +26,16 @@ def preprocess(
 ):
     "Tokenise the data of a config, and account for every row"
     from rich.console import Console
-    from tuneforge.dataset import compare_prompts, expand_entries, prepare_data
+    from tuneforge.dataset import compare_prompts, expand_entries
     from tuneforge.dataset import why_miss as why
+    from tuneforge.derive import streams
     from tuneforge.inspect import show_samples
+    from tuneforge.stream import load_data
     from tuneforge.tokens import load_tokenizer
+    if streams(cfg) and (why_miss or check_all_rows): raise UserError("a stream is read while it is trained: it is not prepared, and does not say where all its rows end")
     tokenizer = load_tokenizer(cfg)
     if why_miss: return print(why(cfg, tokenizer))
-    data = prepare_data(cfg, tokenizer)
+    data = load_data(cfg, tokenizer)
     if debug or debug_text_only or cfg.debug: show_samples(data.train, tokenizer, debug_num_examples, cfg.seed, debug_text_only)
     for e in expand_entries(cfg.datasets) if check_all_rows else []:
         n,differ,_ = compare_prompts(e, cfg, tokenizer, None)
@@ -131,13 +134,12 @@ def inference(
     if sum(map(bool, (chat, prompt_file, input, gradio)))>1: raise UserError("give only one of --chat, --prompt-file, --input and --gradio")
     if output and not input: raise UserError("--output needs --input: which rows are to be answered?")
     if input and not output: raise UserError("--input needs --output: where do the answers go?")
-    from tuneforge.all import Talk, load_finetuned, with_defaults
-    entry = with_defaults(cfg.datasets[0], cfg)
+    from tuneforge.all import Talk, load_finetuned, train_entries
     if gone := [f for f in (prompt_file,input) if f and not Path(f).is_file()]: raise UserError(f"no such file: {gone[0]}")
     model,tokenizer = load_finetuned(cfg, use)
     text = None if chat or input or gradio else _one_prompt(prompt_file)
     base = load_finetuned(cfg, "base")[0] if compare else None
-    talk = Talk(model, tokenizer, entry, cfg, cfg.default_system_message)
+    talk = Talk(model, tokenizer, train_entries(cfg)[0], cfg, cfg.default_system_message)
     if gradio: return _page(talk, cfg)
     if input: return _answer_file(cfg, talk, base, input, output, batch_size, use)
     if text is None: return _converse(talk, base)

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from .adapters import load_adapter
 from .config import Config, CustomFormat, DatasetOptions, SamplingOptions, UserError, log
+from .dataset import train_entries
 from .models import load_model
-from .prompts import ALIASES, INSTRUCT, prompt_format, with_defaults
+from .prompts import ALIASES, INSTRUCT, prompt_format
 from .tokens import bos_ids, check_golden, load_tokenizer, prompt_ids
 
 # %% ../nbs/51_infer.ipynb #5c9f2fff
@@ -30,7 +31,7 @@ def verify_golden(
     if not kept.is_file(): return log.warning(f"{folder} has no golden_prompts.json: whether prompts are still those of the training cannot be checked")
     try: golden = json.loads(kept.read_text(encoding="utf-8"))
     except ValueError as e: raise UserError(f"{kept} is broken: {e}") from e
-    check_golden(golden, [with_defaults(e, cfg) for e in cfg.datasets], tokenizer)
+    check_golden(golden, train_entries(cfg), tokenizer)
 
 def _whole(cfg, folder, tokenizer, before):
     "The model in a folder"

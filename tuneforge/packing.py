@@ -354,7 +354,7 @@ class RunPlan:
     ):
         self.plans,self.steps = plans,steps
         self.step_tokens = np.concatenate([p.step_tokens for p in plans])[:steps] # of each step, over all ranks
-        self.efficiency,self.steps_per_epoch = plans[0].efficiency,plans[0].steps
+        self.efficiency,self.steps_per_epoch,self.rows_per_step = plans[0].efficiency,plans[0].steps,plans[0].order[0].size
         self._total = np.append(0, np.cumsum(self.step_tokens))
     def tokens_until(self, step): return int(self._total[step]) # in the steps before
     def __repr__(self):

@@ -123,6 +123,12 @@ def _shuffled_anyway(cfg):
 def _pushed_when_saved(cfg):
     if cfg.hub_model_id and cfg.save_strategy=="no": yield "hub_model_id", "with `save_strategy: no` the hub gets the result once, at the end"
 
+@note
+def _streams_have_no_epochs(cfg):
+    if not (cfg.pretraining_dataset or cfg.streaming): return
+    for k in ("num_epochs","saves_per_epoch","evals_per_epoch"):
+        if asks(cfg, k): yield k, f"a stream has no epochs: `max_steps` is its end" if k=="num_epochs" else f"a stream has no epochs: `{k}` counts over the whole run"
+
 @rule
 def _one_resume(cfg):
     on = [k for k in ("resume","resume_from_checkpoint","auto_resume_from_checkpoints") if getattr(cfg, k) not in OFF]

@@ -17,14 +17,17 @@ import numpy as np
 import torch
 from .checkpoint import write_text
 from .config import Config, DataOptions, DatasetOptions, EvalOptions, UserError, log
-from .dataset import prepare_data, sample_lengths
+from .dataset import prepare_data, sample_lengths, train_entries
+from .derive import streams
 from .evaluate import Answers, answer_all
 from .infer import load_finetuned
+from .loaders import PlanLoader
 from .mixing import fingerprints
 from .packing import Collator, plan_epoch
+from .stream import evaluation_data
 from .talk import read_rows
 from .tokens import IGNORE, bos_ids
-from .train import PlanLoader, causal_loss
+from .train import causal_loss
 
 # %% ../nbs/57_score.ipynb #de66f613
 @torch.no_grad()
@@ -76,6 +79,9 @@ def check_unseen(
     tokenizer, # of the run
 ) -> int: # rows to evaluate on that were trained (as doubles, with the run's own split)
     "Raise `UserError` when rows to evaluate on were trained, because the data are split otherwise than in the run"
+    if streams(cfg):
+        log.warning("whether the rows to evaluate on stand in the stream that was trained cannot be checked")
+        return 0
     manifest = Path(cfg.output_dir)/"run.json"
     if not manifest.is_file():
         log.warning(f"{cfg.output_dir} has no run.json: whether the rows to evaluate on were trained cannot be checked")
@@ -233,7 +239,7 @@ def _scores(cfg, model, tokenizer, ds, max_answers, answer):
 def _metrics(cfg): return [cfg.eval_causal_lm_metrics] if cfg.eval_causal_lm_metrics else []
 
 def _has_answers(cfg, path): # plain text has no questions
-    kinds = [e.type for e in [*cfg.datasets, *(cfg.test_datasets or [])] if e.path==re.sub(r" \(\d+\)$", "", path)]
+    kinds = [e.type for e in [*train_entries(cfg), *(cfg.test_datasets or [])] if e.path==re.sub(r" \(\d+\)$", "", path)]
     return not all(k in ("completion","pretrain") for k in kinds)
 
 def _summary(rows):
@@ -251,7 +257,7 @@ def _of_model(cfg, name, model, tokenizer, data, max_answers, train_rows, more):
     "All lines of one model"
     rows = []
     for split in ("train","valid"):
-        if split=="valid" and data.valid is None or split=="train" and not train_rows: continue
+        if split=="valid" and (data is None or data.valid is None) or split=="train" and not train_rows: continue
         for path,ds in by_dataset(data, split).items():
             ds = ds if split=="valid" else ds.select(np.linspace(0, len(ds)-1, min(train_rows, len(ds))).astype(int))
             rows.append(dict(model=name, split=split, dataset=path) | _scores(cfg, model, tokenizer, ds, max_answers if split=="valid" else 0, _has_answers(cfg, path)))
@@ -268,12 +274,13 @@ def evaluate(
 ) -> Evaluation: # the table
     "Evaluate the finetuned model. Raises `UserError` when there is nothing to evaluate on, or when it was trained on it."
     if not (cfg.val_set_size or cfg.test_datasets or cfg.do_bench_eval or tasks or train_rows): raise UserError("there is nothing to evaluate on: give `val_set_size` or `test_datasets`")
+    if train_rows and streams(cfg): raise UserError("a stream has no rows to come back to: leave out `--train-rows`")
     if cfg.do_bench_eval: read_bench(cfg) # what is missing is said before anything is computed
     more = dict(tasks=tasks["tasks"], manager=find_tasks(tasks["tasks"], tasks.get("folder")), limit=tasks.get("limit")) if tasks else None
     if cfg.do_causal_lm_eval: text_scores(Answers([("","a","a")]), *_metrics(cfg))
     model,tokenizer = load_finetuned(cfg)
-    data = prepare_data(cfg, tokenizer)
-    if data.valid is not None: check_unseen(cfg, data, tokenizer)
+    data = evaluation_data(cfg, tokenizer)
+    if data is not None and data.valid is not None: check_unseen(cfg, data, tokenizer)
     rows = _of_model(cfg, "tuned", model, tokenizer, data, max_answers, train_rows, more)
     if compare:
         del model

@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/sources.html.md"""
 
 # %% auto #0
 __all__ = ['CLOUDS', 'Store', 'is_local', 'shown_path', 'open_store', 'split_in_name', 'split_names', 'pick_rows', 'splits_of',
-           'read_rows', 'load_rows', 'keep_rows', 'stream_rows', 'row_places', 'fingerprint']
+           'read_rows', 'load_rows', 'keep_rows', 'stream_rows', 'row_places', 'fingerprint', 'outline']
 
 # %% ../nbs/10_sources.ipynb #18a1ab28
 import hashlib,json,os,re
@@ -381,3 +381,11 @@ def fingerprint(
     "What identifies the content of a source"
     store,found = _found(entry)
     return [f"{s} {store.stamp(n)}" for s,names in found.items() for n in names]
+
+def outline(
+    entry:SourceOptions, # where the rows are, and which
+) -> list[str]: # in the order in which they are read
+    "What tells two sources apart without reading them: names and sizes of files, or what their place says of them"
+    store,found = _found(entry)
+    here = is_local(entry.path) or entry.path in KINDS
+    return [f"{s} {n} {store.get(n).stat().st_size if here else store.stamp(n)}" for s,names in found.items() for n in names]

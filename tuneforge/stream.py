@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/stream.html.md"""
 
 # %% auto #0
 __all__ = ['CHUNK', 'BUFFER_TOKENS', 'Place', 'count_chunk', 'Feed', 'Position', 'table_lengths', 'cut_rows', 'join_rows',
-           'plan_buffer', 'Buffer', 'Stream', 'evaluation_data', 'load_data']
+           'plan_buffer', 'Buffer', 'Stream', 'evaluation_data', 'load_data', 'report_of']
 
 # %% ../nbs/15_stream.ipynb #86648bce
 import hashlib,json
@@ -319,7 +319,7 @@ def batches(self:Stream,
         while self.now.start.step<self.steps:
             now,ahead = self.now,None
             if now.after.step<self.steps: ahead = pool.submit(self._fill, now.after)
-            for step in now.plan.order[max(0, start-now.start.step):]: yield from ((now.ds, [now.plan.bin(i) for i in rows]) for rows in step[rank])
+            for step in now.plan.order[max(0, start-now.start.step):self.steps-now.start.step]: yield from ((now.ds, [now.plan.bin(i) for i in rows]) for rows in step[rank])
             if ahead is None: return
             self.now = ahead.result()
 
@@ -347,3 +347,11 @@ def load_data(
     data = Prepared(stream.now.ds, test and test.valid, stream.report, None, stream.golden, f"a stream, of which this is the beginning: {stream}", stream)
     if test: data.report.sources,data.report.n_valid = data.report.sources+test.report.sources,test.report.n_valid
     return data
+
+def report_of(
+    data:Prepared, # from `load_data`
+) -> DataReport: # of a stream, as far as it was read
+    "What became of every row"
+    if not data.stream: return data.report
+    report = data.stream.report
+    return DataReport([*report.sources, *(s for s in data.report.sources if s.role=="valid")], report.n_train, data.report.n_valid, report.sequence_len)
