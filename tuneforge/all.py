@@ -50,6 +50,8 @@ from .callbacks import *
 from .checkpoint import *
 from .loaders import *
 from .train import *
+
+# %% ../nbs/59_all.ipynb #d74b13f4
 from .merge import *
 from .infer import *
 from .evaluate import *
