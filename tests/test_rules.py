@@ -62,6 +62,7 @@ CHAT = dict(path="y", type="chat_template")
 CASES = { # rule -> (keys with which it fires, what it says, keys with which it doesn't)
     "some_data": (dict(datasets=[]), "nothing to train on", {}),
     "streams_end": (dict(streaming=True), "needs `max_steps`", dict(streaming=True, max_steps=5)),
+    "texts_are_joined_one_way": (dict(datasets=[], max_steps=5, pretraining_dataset=[dict(path="a")], pretraining_sample_concatenation=True, sample_packing=True), "give only one of", dict(datasets=[], max_steps=5, pretraining_dataset=[dict(path="a")], pretraining_sample_concatenation=True, pretrain_multipack_attn=False)),
     "pushing_needs_a_token": (dict(push_dataset_to_hub="a/b"), "needs `hf_use_auth_token", dict(push_dataset_to_hub="a/b", hf_use_auth_token=True)),
     "jinja_has_text": (dict(chat_template="jinja"), "needs `chat_template_jinja`", dict(chat_template="jinja", chat_template_jinja="{{ x }}")),
     "raw_rows_have_no_duplicates": (dict(skip_prepare_dataset=True, dataset_exact_deduplication=True), "cannot be compared", dict(dataset_exact_deduplication=True)),
@@ -114,7 +115,11 @@ ALSO = [ # further branches of the same rules
     (dict(optimizer="schedule_free_adamw", lr_scheduler="linear"), "write `lr_scheduler: constant`"), (dict(optimizer="schedule_free_adamw", cosine_min_lr_ratio=0.1), "does without a schedule"), (dict(optimizer="schedule_free_radam", warmup_steps=3), "does without a schedule"),
     (dict(jagged_restart_steps=99, lr_scheduler="one_cycle"), "cannot be restarted"), (dict(optimizer="lion_8bit", adam_epsilon=1e-6), "no effect with `optimizer: lion_8bit`"),
     (dict(streaming=True, max_steps=5, val_set_size=0.1), "cannot be taken from a stream"), (dict(streaming=True, max_steps=5, dataset_exact_deduplication=True), "searched for duplicates"),
-    (dict(streaming=True, max_steps=5, sample_packing=True, datasets=[dict(path="a"), dict(path="b")]), "only one dataset"), (dict(datasets=[CHAT | dict(chat_template="jinja")]), "needs `chat_template_jinja`"),
+    (dict(streaming=True, max_steps=5, dataset_shard_num=2, dataset_shard_idx=0), "not cut into parts"), (dict(streaming=True, max_steps=5, on_bad_row="quarantine"), "write `on_bad_row: skip`"),
+    (dict(streaming=True, max_steps=5, datasets=[dict(path="a", weight=1)], mix_until="all_exhausted"), "`max_steps` is its end"), (dict(streaming=True, max_steps=5, datasets=[dict(path="a", max_rows=5)]), "split: train[:1000]"),
+    (dict(datasets=[], max_steps=5, pretraining_dataset=[dict(path="a", weight=1), dict(path="b")]), "give every dataset a `weight`"),
+    (dict(datasets=[], max_steps=5, pretraining_dataset=[dict(path="a")], pretraining_sample_concatenation=True, batch_flattening=True), "are full already"),
+    (dict(datasets=[], max_steps=5, pretraining_dataset=[dict(path="a")], pretrain_multipack_attn=False), "has no effect without `sample_packing`"), (dict(datasets=[CHAT | dict(chat_template="jinja")]), "needs `chat_template_jinja`"),
     (dict(chat_template="chatml", chat_template_jinja="x"), "contradicts"), (dict(datasets=[dict(path="y", type="alpaca", field="x")]), "`type: completion`"), (dict(save_strategy="steps"), "needs `save_steps`"), (dict(save_strategy="no", saves_per_epoch=2), "contradicts"),
     (dict(mix_until="all_exhausted"), "`mix_until` has no effect"), (dict(dataset_shard_num=2), "say which of the 2 parts"), (dict(test_datasets=[dict(path="z", weight=1)]), "no effect in `test_datasets`"),
     (dict(save_strategy="best"), "needs `metric_for_best_model`"), (dict(sample_packing=True, s2_attention=True), "shifts tokens"), (dict(sample_packing=True, group_by_length=True), "all of one length"), (dict(group_by_length=True, curriculum_sampling=True), "contradict"),
@@ -146,6 +151,7 @@ def test_branch(fires, says): assert any(says in m for m in said(**fires)), said
 
 
 NOTED = {"evaluations_need_data": (dict(evals_per_epoch=4), "no effect without", dict(evals_per_epoch=4, val_set_size=0.1)), "pushed_when_saved": (dict(hub_model_id="a/b", save_strategy="no"), "once, at the end", dict(hub_model_id="a/b")),
+    "streams_have_no_epochs": (dict(streaming=True, max_steps=5, saves_per_epoch=2), "counts over the whole run", dict(saves_per_epoch=2)),
     "shuffled_anyway": (dict(shuffle_before_merging_datasets=True), "has no effect while", dict(shuffle_before_merging_datasets=True, shuffle_merged_datasets=False)),
     "flattening_one_row": (dict(batch_flattening=True), "has no effect with `micro_batch_size: 1`", dict(batch_flattening=True, micro_batch_size=2)),
     "run_without_a_name": (dict(wandb_project="p", wandb_run_id="r"), "named after", dict(wandb_project="p", wandb_run_id="r", wandb_name="n"))}

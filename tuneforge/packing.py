@@ -197,7 +197,7 @@ def deal(
     world_size:int, # ranks
 ) -> np.ndarray: # (…, world_size, bins/world_size) indices of bins
     "Snake order: equally many bins for each rank, of about equal cost, the most expensive first"
-    order = np.argsort(-costs, axis=-1, kind="stable").reshape(*costs.shape[:-1], -1, world_size)
+    order = np.argsort(-costs, axis=-1, kind="stable").reshape(*costs.shape[:-1], costs.shape[-1]//world_size, world_size)
     order[..., 1::2, :] = order[..., 1::2, ::-1]
     return np.swapaxes(order, -1, -2)
 
