@@ -299,6 +299,37 @@ def test_before_and_after(home, cfg, tok, questions, tmp_path):
         assert float(table["loss"][column])==pytest.approx(mean(split), rel=1e-4) and float(table["perplexity"][column])==pytest.approx(math.exp(mean(split)), rel=1e-4)
 
 
+def test_a_streamed_run(tok, tmp_path):
+    "Nothing of a stream is held out: the rows of `test_datasets` are scored, as by hand; what was trained is no rows to come back to"
+    people, near = list(VILLAGE.people), DatasetOptions(path=str(tmp_path/"near.jsonl"), type="alpaca")
+    write_jsonl(tmp_path/"docs.jsonl", [dict(text=f"{p} goes for a walk, and comes back at {i}.") for i, p in enumerate(people[:12])])
+    rows = VILLAGE.questions(people[12:14])
+    write_jsonl(tmp_path/"near.jsonl", rows)
+    (tmp_path/"c.yml").write_text(f"""base_model: tiny:llama?num_hidden_layers=1
+pretraining_dataset:
+  - path: {tmp_path/"docs.jsonl"}
+test_datasets:
+  - path: {near.path}
+    type: alpaca
+dataset_prepared_path: {tmp_path/"prepared"}
+sequence_len: 128
+sample_packing: true
+micro_batch_size: 1
+max_steps: 1
+learning_rate: 3e-3
+output_dir: {tmp_path/"out"}
+save_strategy: no
+""")
+    train(load_config(tmp_path/"c.yml"))
+    code, out, err = command("evaluate", tmp_path/"c.yml", "--max-answers", 1)
+    assert code==0, err
+    got, = json.loads((tmp_path/"out"/"evaluation.json").read_text())
+    want = by_hand(load_finetuned(load_config(tmp_path/"c.yml"))[0], encode_rows(rows, near, tok))
+    assert (got["split"], got["dataset"], got["answered"])==("valid", near.path, 1) and {k: got[k] for k in want}==pytest.approx(want, rel=1e-4)
+    code, _, err = command("evaluate", tmp_path/"c.yml", "--train-rows", 2)
+    assert code==2 and "a stream has no rows to come back to" in err
+
+
 @pytest.mark.parametrize("args, said", [(["--harness-path", "x"], "needs --harness"), (["--eval-causal-lm-metrics", "[chrf]"], "has no effect without"), (["--do-causal-lm-eval", "--eval-causal-lm-metrics", "[comet]"], "of its own"), (["--do-causal-lm-eval", "--eval-causal-lm-metrics", "[rouge]"], "rouge")])
 def test_bad_arguments(home, args, said):
     code, _, err = command("evaluate", home/"c.yml", *args)
