@@ -2,9 +2,11 @@
 
     python benchmarks/merge.py [--layers 8 32 128]
 
-Each figure is the peak of a process of its own, less the peak of one that only imports the same libraries.
+Each figure is the peak of a process of its own, less the peak of one that only imports the same libraries. glibc keeps freed
+blocks of less than 32 MiB for later; the weights of these models are smaller than that, those of large ones are not, so it is
+told to give back everything (MALLOC_MMAP_THRESHOLD_).
 """
-import re, subprocess, sys, tempfile, time
+import os, subprocess, sys, tempfile
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -30,7 +32,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])/1
 
 
 def measure(*args):
-    res = subprocess.run([sys.executable, "-c", SETUP, *map(str, args)], capture_output=True, text=True)
+    res = subprocess.run([sys.executable, "-c", SETUP, *map(str, args)], capture_output=True, text=True, env=os.environ | dict(MALLOC_MMAP_THRESHOLD_=str(2**17)))
     if res.returncode: sys.exit(res.stderr)
     return map(float, res.stdout.split()[-2:])
 

@@ -173,6 +173,8 @@ def test_the_faces_of_inference(home):
     (home/"q.txt").write_text("Where does Bagol live?\n")
     assert ask("--prompt-file", "q.txt")==pipe
     assert ask("--chat", stdin="Where does Bagol live?\n/system Be brief.\n/quit\n")==pipe+"the model is told: Be brief.\n"
+    said = ask("--chat", stdin="/set temperature 0.5\n/set stop END\n/set\n/quit\n") # the keys of sampling alone, not of the whole config
+    assert said=="temperature is 0.5\nstop is ['END']\n"+", ".join(f"{k} {v}" for k, v in SamplingOptions(max_new_tokens=6, temperature=0.5, stop=["END"]))+"\n"
     both = ask("--compare")
     assert "base" in both and "tuned" in both
     assert ask("--use", "base").strip()
@@ -193,6 +195,7 @@ def test_a_file_of_questions_goes_on(home, tmp_path):
     args = ["inference", "c.yml", "--input", tmp_path/"in.jsonl", "--max-new-tokens", "5", "--batch-size", "2", "--output", out := tmp_path/"out.jsonl"]
     code, said, err = shell(*args, cwd=home)
     assert code==0 and "5 rows answered\n" in said, err
+    assert set(json.loads((tmp_path/"out.jsonl.settings.json").read_text()))=={"model", "compared", *SamplingOptions.model_fields} # no key that answers do not depend on
     whole = out.read_bytes()
     assert [(r["id"], r["prompt"]) for r in read_rows(out)]==[(r["id"], r["prompt"]) for r in rows]
     for cut in (0, 10, whole.index(b"\n"), whole.index(b"\n")+1, len(whole)-1, len(whole)):
@@ -226,6 +229,21 @@ def test_answers_of_two_models_are_not_mixed(tok, model, tmp_path):
     with pytest.raises(UserError, match="model: then , now other"): answer_file(model, tok, ALPACA, tmp_path/"in.jsonl", tmp_path/"o.jsonl", name="other", **kw)
     write_jsonl(tmp_path/"in.jsonl", [dict(prompt="c"), dict(prompt="b")])
     with pytest.raises(UserError, match="o.jsonl:1: this answer belongs to another row"): answer_file(model, tok, ALPACA, tmp_path/"in.jsonl", tmp_path/"o.jsonl", **kw)
+
+
+def test_answers_may_hold_any_separator(tok, model, tmp_path, monkeypatch):
+    import tuneforge.talk as room
+    monkeypatch.setattr(room, "generate", lambda *a: ["a\u2028b\x85c\x1ed\ne"]) # all of which `str.splitlines` cuts at
+    write_jsonl(tmp_path/"in.jsonl", [dict(prompt="a"), dict(prompt="b")])
+    for done in ((2, 0), (0, 2)): assert answer_file(model, tok, ALPACA, tmp_path/"in.jsonl", tmp_path/"o.jsonl", batch_size=1)==done
+
+
+def test_brackets_are_shown_as_they_are():
+    from rich.console import Console
+    from tuneforge.talk import Compared
+    console = Console(width=80)
+    with console.capture() as c: console.print(Compared("[INST] Who? [/INST]", "[/b] he", "[red]she[/red]"))
+    assert all(t in c.get() for t in ("[INST] Who? [/INST]", "[/b] he", "[red]she[/red]"))
 
 
 def test_bad_files(tok, model, tmp_path):
@@ -282,6 +300,9 @@ def test_the_page_is_for_this_machine_alone(tok, model, capsys):
         port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/", address)[1])
         line = capsys.readouterr().out
         assert address in line and "shared" not in line and page.share is False
+        assert not any("share" in (c.get("props", {}).get("buttons") or []) for c in page.config["components"]) # no button sends a conversation away
+        shown = lambda p: next(c["props"]["visible"] for c in p.config["components"] if c["props"].get("label")=="System message")
+        assert shown(page) and not shown(build_page(Talk(model, tok, ALPACA), opts)) # a format that has no place for it
         assert _listens("127.0.0.1", port) and not _listens("127.0.0.2", port) and not _listens(_own_address(), port) # every address of 127/8 is this machine: bound to all of them, it would answer
         assert Client(address, verbose=False, analytics_enabled=False).predict("Where does Bagol live?", "", 0, 6, api_name="/chat")==talk.say("Where does Bagol live?")
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*leave the port out"): serve(page, opts.model_copy(update=dict(gradio_server_port=port)), block=False)

@@ -1,5 +1,5 @@
 "Merging against PEFT's own merge, against the adapter's logits, and against what may go wrong"
-import json, os, subprocess, sys
+import ctypes, json, os, re, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
@@ -296,6 +296,38 @@ def test_drift_by_hand():
     assert not Proof(["x"], [d], [drift(a, b*float("nan"))], 1e-3).holds # no number is no proof
 
 
+def grown(work):
+    "MiB that a fork of this process needs to do something, at most"
+    from multiprocessing import get_context
+    ctx = get_context("fork")
+    ours, theirs = ctx.Pipe()
+    def child():
+        said = lambda key: int(re.search(key+r":\s+(\d+)", open("/proc/self/status").read())[1])/1024 # the highest mark of a fork begins at what it has
+        ctypes.CDLL(None).mallopt(-3, 2**17) # M_MMAP_THRESHOLD: what is freed goes back at once, as larger tensors do by themselves
+        before = said("VmRSS")
+        work()
+        theirs.send(said("VmHWM")-before)
+    p = ctx.Process(target=child)
+    p.start(), theirs.close()
+    got = ours.recv() # raises EOFError when it fails
+    p.join()
+    return got
+
+
+@pytest.mark.skipif(sys.platform!="linux", reason="reads /proc")
+def test_a_merge_holds_a_part_of_the_model(tmp_path, monkeypatch):
+    "Its way through the files, beside the way through memory"
+    import tuneforge.merge as room
+    true = room.write_shards
+    monkeypatch.setattr(room, "write_shards", lambda tensors, out: true(tensors, out, 4*2**20))
+    cfg = config(tmp_path, base_model="tiny:llama?hidden_size=512&intermediate_size=1024&num_hidden_layers=8", **QV)
+    grown(lambda: random_adapter(cfg))
+    streamed, legacy = (grown(lambda: merge(cfg.replace(merge_method=m), tmp_path/m)) for m in ("memory_efficient", "legacy"))
+    size = sum(f.stat().st_size for f in (tmp_path/"legacy").glob("*.safetensors"))/2**20
+    assert legacy-streamed>size>50, (streamed, legacy, size) # beside what both need: code, hooks, a layer, a shard
+
+
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     "Peak memory of a process that merges a small and a four times larger model"
     code = """
@@ -311,7 +343,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])//
     peak, size = {}, {}
     for n in (6, 54):
         name = f"tiny:llama?hidden_size=512&intermediate_size=1024&num_hidden_layers={n}"
-        for step in ([], ["merge"]): res = run(sys.executable, "-c", code, name, tmp_path/str(n), *step, timeout=600)
+        for step in ([], ["merge"]): res = run(sys.executable, "-c", code, name, tmp_path/str(n), *step, timeout=600, env=dict(MALLOC_MMAP_THRESHOLD_=str(2**17))) # what is freed goes back at once
         assert res.returncode==0, res.stderr
         peak[n], size[n] = int(res.stdout.split()[-1]), sum(f.stat().st_size for f in (tmp_path/str(n)/"merged").glob("*.safetensors"))/2**20
     assert size[54]-size[6]>300 # MiB

@@ -215,10 +215,11 @@ class Evaluation:
         return "\n".join("  ".join(c.ljust(w) if i<3 else c.rjust(w) for i,(c,w) in enumerate(zip(o, wide))).rstrip() for o in [heads, *lines])
     def __rich__(self):
         from rich.table import Table
+        from rich.text import Text # square brackets are no colours
         heads,lines = self.table()
         t = Table()
         for i,h in enumerate(heads): t.add_column(h, justify="left" if i<3 else "right", overflow="fold")
-        for o in lines: t.add_row(*o)
+        for o in lines: t.add_row(*map(Text, o))
         return t
     def _repr_html_(self):
         from html import escape

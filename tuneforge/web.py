@@ -11,7 +11,7 @@ __all__ = ['growing', 'build_page', 'serve']
 import os,socket,threading
 from importlib.util import find_spec
 from .config import GradioOptions, SamplingOptions, UserError, log
-from .infer import generate
+from .infer import generate, has_turns
 from .talk import Talk
 
 # %% ../nbs/56_web.ipynb #f773f149
@@ -47,10 +47,11 @@ def build_page(
         turns = [(m["role"], _text(m["content"])) for m in history]
         sampling = talk.sampling.model_copy(update=dict(temperature=float(temperature), max_new_tokens=int(most)))
         yield from growing(Talk(talk.model, talk.tokenizer, talk.entry, sampling, system or None, turns), text)
-    knobs = [gr.Textbox(talk.system or "", label="System message", placeholder="what the model is told at the beginning"),
+    knobs = [gr.Textbox(talk.system or "", label="System message", placeholder="what the model is told at the beginning", visible=has_turns(talk.entry)), # other formats have no place for it
         gr.Slider(0, 2, opts.gradio_temperature, step=0.05, label="Temperature", info="0: always the likeliest token"),
         gr.Slider(1, max(2048, opts.gradio_max_new_tokens), opts.gradio_max_new_tokens, step=1, label="Longest answer, in tokens")]
-    return gr.ChatInterface(answer, additional_inputs=knobs, title=opts.gradio_title or "tuneforge", analytics_enabled=False, concurrency_limit=1, api_name="chat")
+    chat = gr.Chatbot(buttons=["copy","copy_all"], show_label=False, height="60vh") # none that sends the conversation to others
+    return gr.ChatInterface(answer, chatbot=chat, additional_inputs=knobs, additional_inputs_accordion="How it answers", title=opts.gradio_title or "tuneforge", analytics_enabled=False, concurrency_limit=1, api_name="chat")
 
 def _text(content):
     "Text of a message: Gradio gives a string, or a list of parts"
