@@ -88,7 +88,7 @@ def test_what_stays_tied_is_written_once(tmp_path):
     assert merged.lm_head.weight.data_ptr()==merged.model.embed_tokens.weight.data_ptr()
 
 
-@pytest.mark.parametrize("base", ["mistral", "qwen2", "gemma2", "phi", "gpt_neox", "falcon", "gptj", "bloom", "opt", "stablelm", "mixtral", "mpt"])
+@pytest.mark.parametrize("base", ["mistral", "qwen2", "gemma2", "phi", "gpt_neox", "mixtral", *(pytest.param(b, marks=pytest.mark.slow) for b in ("falcon", "gptj", "bloom", "opt", "stablelm", "mpt"))])
 def test_every_family(tmp_path, base):
     from tuneforge.tiny import tiny_model
     try: tiny_model(f"tiny:{base}")
