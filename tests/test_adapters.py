@@ -146,7 +146,8 @@ def test_going_on_with_an_adapter(tmp_path):
 
 def test_a_base_that_has_an_adapter(tmp_path):
     adapted(LORA).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="already has an adapter.*lora_model_dir"): add_adapter(load_model(ModelOptions(base_model=str(tmp_path))), LoraOptions(**LORA))
+    with pytest.raises(UserError, match="holds an adapter, not a model.*lora_model_dir"): load_model(ModelOptions(base_model=str(tmp_path)))
+    with pytest.raises(UserError, match="already has an adapter.*lora_model_dir"): add_adapter(adapted(LORA), LoraOptions(**LORA))
 
 
 def test_an_adapter_of_another_base(tmp_path):
@@ -175,9 +176,7 @@ def test_rank_zero():
 
 
 def test_quantising_without_the_library(monkeypatch):
-    import importlib.util
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n=="bitsandbytes" else real(n, *a))
+    monkeypatch.setattr("tuneforge.precision.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tuneforge\[quant\]"): base(load_in_4bit=True)
     with pytest.raises(UserError, match=r"tuneforge\[quant\]"): add_adapter(base(), LoraOptions(**LORA, peft=dict(loftq_config={})))
 
@@ -375,8 +374,10 @@ def test_one_restart_of_a_quantised_base_by_hand(data, tmp_path, bits):
     assert changed==14
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(relora_prune_method="random"), dict(relora_prune_method="reset", relora_prune_ratio=None, relora_cpu_offload=True), dict(adapter="qlora", load_in_4bit=True), dict(load_in_8bit=True)],
-    ids=["magnitude", "random", "reset", "4bit", "8bit"])
+RESTARTS = dict(magnitude={}, random=dict(relora_prune_method="random"), reset=dict(relora_prune_method="reset", relora_prune_ratio=None, relora_cpu_offload=True)) | {"4bit": dict(adapter="qlora", load_in_4bit=True), "8bit": dict(load_in_8bit=True)}
+
+
+@pytest.mark.parametrize("kw", [pytest.param(kw, id=n, marks=[] if n in ("magnitude", "4bit") else pytest.mark.slow) for n, kw in RESTARTS.items()])
 def test_restarts_resume(data, tmp_path, kw):
     "A run that goes on from before, at and after a restart ends as the one that never stopped; and its merge holds"
     o = dict(max_steps=10, save_strategy="steps", save_steps=1, save_total_limit=20, lora_dropout=0.1) | RELORA | kw
@@ -529,3 +530,17 @@ def test_a_regular_run_keeps_its_base(data, tmp_path):
     "Nothing of all this touches a run that did not ask for it"
     train(config(data, tmp_path, max_steps=2, **LORA))
     assert {p.name for p in tmp_path.glob("*.safetensors")}=={"adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("arch", ["jamba", "mamba", "falcon_mamba"])
+def test_layers_that_are_not_called_get_no_adapter(arch):
+    "What is left out is what a forward pass leaves out; fails when transformers calls these layers"
+    from tuneforge.adapters import linear_layers, uncalled
+    model, called = load_model(ModelOptions(base_model=f"tiny:{arch}")), set()
+    layers = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for n in layers: model.get_submodule(n).register_forward_hook(lambda *_, n=n: called.add(n.rpartition(".")[2]))
+    model(input_ids=torch.arange(10)[None])
+    assert {n.rpartition(".")[2] for n in layers}-called=={"dt_proj"}<=set(uncalled(model)) and set(linear_layers(model))<=called
+    lora = add_adapter(model, LoraOptions(adapter="lora", lora_target_linear=True))
+    assert set(linear_layers(lora.get_base_model())) and not any(o in n for n, p in lora.named_parameters() if p.requires_grad for o in uncalled(model))
+    with pytest.raises(UserError, match="would be passed over"): add_adapter(load_model(ModelOptions(base_model=f"tiny:{arch}")), LoraOptions(adapter="lora", lora_target_modules=r".*\.(x_proj|dt_proj)"))

@@ -179,9 +179,14 @@ def test_two_ranks_are_one(data, tmp_path):
     assert [x for p in two for x in p]==pytest.approx([x for p in one for x in p], rel=1e-4)
 
 
-def test_new_tokens_need_a_trained_embedding(data, tmp_path):
+def test_new_tokens_are_trained_with_an_adapter(data, tmp_path):
     new = dict(special_tokens=dict(eos_token="<|the end|>"), micro_batch_size=8, max_steps=3, **LORA)
-    with pytest.raises(UserError, match="lora_modules_to_save"): train(config(data, tmp_path/"a", **new))
+    cfg = config(data, tmp_path/"a", **new)
+    tok = load_tokenizer(cfg)
+    before = load_model(cfg, tok, untrained_tokens(cfg, tok)).get_input_embeddings().weight
+    train(cfg)
+    after = load_model(ModelOptions(base_model=str(merge(cfg)[0]))).get_input_embeddings().weight
+    assert [i for i in range(len(tok)) if not torch.equal(after[i], before[i])]==[tok.eos_token_id]
     r = train(config(data, tmp_path/"b", **(new | dict(special_tokens=dict(pad_token="<|nothing|>")))))
     assert r.tokenizer.pad_token_id==len(r.tokenizer)-1
     cfg = config(data, tmp_path/"c", lora_modules_to_save=["embed_tokens", "lm_head"], **new)

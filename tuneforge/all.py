@@ -36,6 +36,10 @@ from .stream import *
 from .inspect import *
 from .audit import *
 from .strips import *
+
+# %% ../nbs/59_all.ipynb #7c1d90ae
+from .precision import *
+from .vocabulary import *
 from .models import *
 from .attention import *
 from .adapters import *

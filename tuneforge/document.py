@@ -75,12 +75,12 @@ def nearest(
     names, # what it could have been
 ) -> list[str]: # at most three; empty: nothing is near
     "The names that were most likely meant"
-    word,names = str(word),list(names)
+    word,names = str(word),{str(n).lower(): n for n in names}
     flat = word.lower().replace("-","_")
-    if near := [n for n in names if n==flat or abs(len(n)-len(flat))<2 and one_slip(flat, n)]: return near[:3]
+    if near := [o for n,o in names.items() if n==flat or abs(len(n)-len(flat))<2 and one_slip(flat, n)]: return near[:3]
     import difflib
     alike = lambda n: difflib.SequenceMatcher(None, flat, n).ratio() + 0.3*len(os.path.commonprefix([flat, n]))/len(flat)
-    return sorted(difflib.get_close_matches(flat, names, 8, 0.7), key=alike)[-1:]
+    return [names[n] for n in sorted(difflib.get_close_matches(flat, names, 8, 0.7), key=alike)[-1:]]
 
 def did_you_mean(
     word:str, # as the user wrote it

@@ -16,7 +16,7 @@ import torch
 from .adapters import load_adapter
 from .config import Config, CustomFormat, DatasetOptions, SamplingOptions, UserError, log
 from .dataset import train_entries
-from .models import load_model
+from .models import finished, load_model
 from .prompts import ALIASES, INSTRUCT, prompt_format
 from .tokens import bos_ids, check_golden, load_tokenizer, prompt_ids
 
@@ -37,7 +37,8 @@ def _whole(cfg, folder, tokenizer, before):
     "The model in a folder"
     if not (folder/"config.json").is_file(): raise UserError(f"there is no model in {folder}: run `tuneforge {before}` first")
     plain = dict(load_in_4bit=False, load_in_8bit=False) if before=="merge-lora" else {}
-    return load_model(cfg.model_copy(update=dict(base_model=str(folder), revision_of_model=None) | plain), tokenizer)
+    return load_model(finished(cfg, folder).model_copy(update=plain), tokenizer)
+
 
 # %% ../nbs/51_infer.ipynb #f85ff038
 def load_finetuned(

@@ -80,14 +80,8 @@ def _block(t, args):
 def _table(**topics): return {k: advice for keys,advice in topics.values() for k in keys.split()}
 
 NOT_YET = _table(
-    half=("bf16=full", "use `bfloat16: true`"), tf32=("tf32=auto", "say true or false"),
-    token=("hf_use_auth_token", "remove it: a token from `hf auth login` or `HF_TOKEN` is used by itself"),
     loading=("dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor accelerator_config", "remove it: batches are made while the last one is computed"),
-    model=("base_model_config base_model_ignore_patterns trust_remote_code cls_model_config processor_type model_kwargs overrides_of_model_config tokenizer_legacy "
-        "tokens added_tokens_overrides resize_token_embeddings_to_32x mean_resizing_embeddings fix_untrained_tokens special_tokens.additional_special_tokens",
-        "save the model or tokenizer with these changes first, and name its folder as `base_model`"),
-    quant=("bnb_config_kwargs gptq gptq_disable_exllama qlora_sharded_model_loading", "use `load_in_4bit` or `load_in_8bit`"),
-    place=("gpu_memory_limit max_memory low_cpu_mem_usage device_map device", "remove it: the model goes to the best device"),
+    model=("processor_type", "remove it: only text is trained here"), quant=("qlora_sharded_model_loading", "remove it: each device loads the quantised model"),
     attention=("flex_attn_compile_kwargs xformers_attention s2_attention flash_optimum attn_implementation=flash_attention_3 attn_implementation=flash_attention_4 "
         "attn_implementation=xformers", "use `flash_attention`, `flex_attention`, `sdp_attention` or `eager_attention`"),
     kernels=("torch_compile torch_compile_backend torch_compile_mode chunked_cross_entropy chunked_cross_entropy_num_chunks cut_cross_entropy liger_rope liger_rms_norm liger_layer_norm liger_glu_activation "
@@ -96,7 +90,7 @@ NOT_YET = _table(
         "unsloth_rms_norm unsloth_rope", "remove it: the result is the same, with more memory or time"),
     sources=("datasets.trust_remote_code",
         "save the rows that the code makes as a file first"),
-    data=("push_dataset_to_hub skip_prepare_dataset", "prepare the data that way before, and remove it"))
+    data=("skip_prepare_dataset", "it is for images, and tuneforge trains on text: remove it"))
 
 # %% ../nbs/01_options.ipynb #1c3773a1
 NOT_YET |= _table(
@@ -217,6 +211,7 @@ class PrecisionOptions(Options):
     tf32:bool|Literal["auto"]|None = _opt(None, "let matrix products of float32 use TF32 on GPUs that have it")
     load_in_8bit:bool = _opt(False, "quantise the base to 8 bit (bitsandbytes); needs an adapter")
     load_in_4bit:bool = _opt(False, "quantise the base to 4 bit NF4 (bitsandbytes); needs an adapter")
+    quantize_moe_experts:bool|None = _opt(None, "with 4 bits: the experts of a mixture, too; blank: yes. An adapter on experts (`lora_target_parameters`) needs false")
     bnb_config_kwargs:dict|None = _opt(None, "more settings of bitsandbytes, such as `llm_int8_has_fp16_weight`")
     gptq:bool = _opt(False, "the base is quantised with GPTQ")
     gptq_disable_exllama:bool|None = _opt(None, "compute GPTQ layers without the ExLlama kernels")
@@ -232,7 +227,7 @@ class PlacementOptions(Options):
     lora_on_cpu:bool = _opt(False, "merge the adapter on the CPU, even if there is a GPU")
     merge_method:Literal["memory_efficient","legacy"] = _opt("memory_efficient", "merge layer by layer, or with the whole model in memory (`legacy`)")
     device_map:str|dict|None = _opt(None, "device of each part of the model; `auto` spreads it")
-    device:str|None = _opt(None, "device to use, if not the best there is")
+    device:str|None = _opt(None, "`cuda`, `mps` or `cpu`, if not the best there is")
 
 OptionTable(PlacementOptions)
 
@@ -405,14 +400,14 @@ class PreparedOptions(Options):
     dataset_prepared_path:str|None = _opt(None, "folder for prepared data; blank: `last_run_prepared`")
     dataset_processes:int|None = _opt(None, "worker processes for preparing data; blank: one for each core", gt=0)
     dataset_keep_in_memory:bool = _opt(False, "keep prepared data in memory instead of mapping the file; they are mapped here, which costs nothing")
-    push_dataset_to_hub:str|None = _opt(None, "hub repository for the prepared data")
+    push_dataset_to_hub:str|None = _opt(None, "share prepared data on the hub: `someone`, for a private repository each, or `someone/repository`; they are fetched from there where another machine has prepared them")
     hf_use_auth_token:bool|None = _opt(None, "use the hub token of this machine for data")
     dataset_shard_num:int|None = _opt(None, "cut the merged data into so many parts, and train on one", gt=0)
     dataset_shard_idx:int|None = _opt(None, "which part, from 0", ge=0)
     skip_prepare_dataset:bool = _opt(False, "pass raw rows to the collator (images)")
     remove_unused_columns:bool|None = _opt(None, "drop columns that the model does not take; here there are none")
     tokenizer_engine:Literal["auto","hf","tokie","gigatoken"] = _opt("auto", "what tokenises: Hugging Face's tokenizers, or a faster engine (`pip install 'tuneforge[fast]'`) that is first checked against them; `auto`: the fastest that is installed and gives the same ids")
-    tokenizer_verify:Annotated[int,Field(gt=0)]|Literal["all"] = _opt(2000, "rows of each dataset on which a faster engine is compared with Hugging Face's tokenizers")
+    tokenizer_verify:Annotated[int,Field(gt=0)]|Literal["all"] = _opt(2000, "rows of each dataset on which a faster engine is compared with Hugging Face's tokenizers, or fewer where they have 8 MB of text; `all`: every row")
     dataloader_num_workers:int|None = _opt(None, "processes that collate batches", ge=0)
     dataloader_pin_memory:bool|None = _opt(None, "collate into pinned memory")
     dataloader_prefetch_factor:int|None = _opt(None, "batches that each of these processes makes ahead", gt=0)
@@ -835,8 +830,9 @@ MOVED = {"rope_scaling": "it belongs to the model's own config.json, or under `o
 # %% ../nbs/01_options.ipynb #8c4a08e6
 HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated",
     "sample_packing_mp_start_method": "packing needs no processes", "total_num_tokens": "tokens are counted", "total_supervised_tokens": "tokens are counted", "multipack_real_batches": "rows of a packed batch are always kept apart",
-    "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "spectrum_model_name": "ratios are computed from the weights themselves", "datasets.preprocess_shards": "rows are always prepared in batches, in flat memory", "datasets.type.field": "`completion` names its column beside `type`",
-    "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "tokenizer_use_fast": "only fast tokenizers are used",
+    "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "hf_use_auth_token": "a token from `hf auth login` or `HF_TOKEN` is used by itself", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "spectrum_model_name": "ratios are computed from the weights themselves", "datasets.preprocess_shards": "rows are always prepared in batches, in flat memory", "datasets.type.field": "`completion` names its column beside `type`",
+    "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "low_cpu_mem_usage": "weights are always read without a second copy", "base_model_ignore_patterns": "only configs, tokenizer and safetensors are fetched",
+    "tokenizer_legacy": "fast tokenizers handle spaces as their own file says", "tokenizer_use_fast": "only fast tokenizers are used",
     **{f"is_{o}_derived_model": "the architecture is read from the model's config" for o in ("falcon","llama","mistral","qwen")}}
 "Keys that are accepted and say nothing, with the reason; a note repeats it"
 

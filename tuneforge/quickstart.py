@@ -18,7 +18,7 @@ from .dataset import prepare_data
 from .evaluate import Answers, answer_all
 from .infer import load_finetuned
 from .merge import merge
-from .models import load_model
+from .models import finished, load_model
 from .tiny import Village
 from .tokens import load_tokenizer
 from .train import train
@@ -137,7 +137,7 @@ def quickstart(
     say("[bold]3/4[/] merging the adapter into its base, with proof")
     merged,drift = merge(cfg)
     say("[bold]4/4[/] questions about the other villagers")
-    answers = answer_all(load_model(cfg.model_copy(update=dict(base_model=str(merged), revision_of_model=None)), tokenizer), tokenizer, held_out)
+    answers = answer_all(load_model(finished(cfg, merged), tokenizer), tokenizer, held_out)
     plot_both(first, second, folder/"loss.png")
     res = Quickstart(first, second, before, after, answers, drift.kl, folder, time.perf_counter()-start)
     say(res)

@@ -10,6 +10,7 @@ __all__ = ['RULES', 'NOTES', 'OFF', 'ONE_OF', 'NEEDS', 'SCHEDULE_READS', 'rule',
 
 # %% ../nbs/02_rules.ipynb #de8f2bed
 import ast, re
+from pathlib import Path
 from .document import Problem
 from .options import AllOptions, LoraOptions
 
@@ -84,7 +85,7 @@ def _one_of(cfg):
 # %% ../nbs/02_rules.ipynb #8b538f10
 _lora = [k for k in LoraOptions.model_fields if k!="adapter"]
 NEEDS = {
-    "loraplus_lr_ratio": "loraplus_lr_embedding", "adapter": f"{' '.join(_lora)} loraplus_lr_ratio relora relora_steps qlora_sharded_model_loading", "load_in_4bit|load_in_8bit": "bnb_config_kwargs", "gptq": "gptq_disable_exllama",
+    "loraplus_lr_ratio": "loraplus_lr_embedding", "adapter": f"{' '.join(_lora)} loraplus_lr_ratio relora relora_steps qlora_sharded_model_loading", "load_in_4bit|load_in_8bit": "bnb_config_kwargs", "load_in_4bit": "quantize_moe_experts", "gptq": "gptq_disable_exllama",
     "peft_layers_to_transform": "peft_layers_pattern", "relora|relora_steps": "relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload", "jagged_restart_steps": "jagged_restart_warmup_steps jagged_restart_anneal_steps",
     "lisa_n_layers": "lisa_step_interval lisa_layers_attribute", "sample_packing": "eval_sample_packing packing sample_packing_sequentially sample_packing_group_size sample_packing_bin_size", "sample_packing|batch_flattening|pretraining_sample_concatenation": "packing_check", "use_pose": "pose_split_on_token_ids pose_max_context_len pose_num_chunks",
     "pretraining_dataset": "pretraining_sample_concatenation pretrain_multipack_buffer_size pretrain_multipack_attn", "streaming": "streaming_multipack_buffer_size", "torch_compile": "torch_compile_backend torch_compile_mode",
@@ -167,10 +168,6 @@ def _texts_are_joined_one_way(cfg):
 @rule
 def _rows_are_whole(cfg):
     if cfg.val_set_size>1 and cfg.val_set_size!=int(cfg.val_set_size): yield "val_set_size", f"`val_set_size: {cfg.val_set_size:g}` is neither a fraction nor a number of rows"
-
-@rule
-def _pushing_needs_a_token(cfg):
-    if cfg.push_dataset_to_hub and not cfg.hf_use_auth_token: yield "push_dataset_to_hub", "`push_dataset_to_hub` needs `hf_use_auth_token: true`"
 
 @rule
 def _jinja_has_text(cfg):
@@ -292,9 +289,10 @@ def _flattening_one_row(cfg):
 # %% ../nbs/02_rules.ipynb #f79be5c3
 @rule
 def _quantised_base_needs_adapter(cfg):
-    for k in ("load_in_8bit","load_in_4bit"):
+    for k in ("load_in_8bit","load_in_4bit","gptq"):
         if getattr(cfg, k) and not cfg.adapter: yield k, f"`{k}` needs an adapter: quantised weights are not trained themselves"
-    if cfg.adapter=="qlora" and not cfg.load_in_4bit: yield "adapter", "`adapter: qlora` needs `load_in_4bit: true`"
+    if cfg.adapter=="qlora" and not (cfg.load_in_4bit or cfg.gptq): yield "adapter", "`adapter: qlora` needs `load_in_4bit: true`"
+    if cfg.load_in_4bit and cfg.lora_target_parameters and cfg.quantize_moe_experts is not False: yield "lora_target_parameters", "an adapter on experts needs them whole: add `quantize_moe_experts: false`"
 
 @rule
 def _adapter_has_targets(cfg):
@@ -457,8 +455,8 @@ def _frozen_inputs_need_a_gradient(cfg):
 # %% ../nbs/02_rules.ipynb #b35fdaa5
 @rule
 def _remote_code_is_pinned(cfg):
-    if cfg.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", cfg.revision_of_model or ""):
-        yield "trust_remote_code", "`trust_remote_code: true` runs code from the hub: pin it with `revision_of_model`, a commit of 40 hex digits"
+    if cfg.trust_remote_code and not (re.fullmatch(r"[0-9a-f]{40}", cfg.revision_of_model or "") or Path(cfg.base_model).expanduser().is_dir()):
+        yield "trust_remote_code", "`trust_remote_code: true` runs code from the hub: pin it with `revision_of_model`, a commit of 40 hex digits, or name a folder"
 
 @rule
 def _weights_are_safetensors(cfg):

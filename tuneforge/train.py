@@ -17,7 +17,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from .adapters import add_adapter, check_new_tokens
+from .adapters import add_adapter
 from .attention import NEED_MASK, Isolation, check_isolation, isolations, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
 from .checkpoint import ResumableTrainer, Run, data_facts, on_first_rank, plan_facts, resume_from, run_to_end, write_text
@@ -27,10 +27,11 @@ from .derive import accumulation, eval_length, eval_rows, fixed_length, interval
 from .inspect import show_samples
 from .loaders import PlanLoader, StreamKeeper, StreamLoader
 from .methods import training_hooks
-from .models import best_device, choose_precision, load_model
+from .models import check_length, load_model, model_config, untrained_tokens
 from .optim import make_optimizer, make_scheduler, optimizer_name
 from .packing import Collator, PackPlan, RunPlan, count_steps, plan_evaluation, plan_training, sample_lengths
 from .pose import PoseCollator, check_pose
+from .precision import best_device, choose_precision
 from .schedules import LearningOptions
 from .sources import outline
 from .stream import Stream, load_data, report_of
@@ -158,7 +159,7 @@ def training_arguments(
     evaluate:bool, # whether there is something to evaluate on
 ) -> TrainingArguments: # for `ForgeTrainer`
     "What transformers' Trainer needs to know"
-    device = best_device()
+    device = best_device(cfg)
     precision = choose_precision(cfg, device)
     save,evals = interval(cfg, "save", steps_per_epoch, steps),interval(cfg, "eval", steps_per_epoch, steps) if evaluate else None
     return TrainingArguments(output_dir=cfg.output_dir, max_steps=steps, seed=cfg.seed, data_seed=cfg.seed, report_to="none", disable_tqdm=True,
@@ -168,7 +169,7 @@ def training_arguments(
         logging_steps=cfg.logging_steps or max(1, min(10, round(steps*0.005))), logging_nan_inf_filter=False,
         save_strategy="steps" if save else "no", save_steps=save or 1, ignore_data_skip=True, save_only_model=cfg.save_only_model,
         eval_strategy="steps" if evals else "no", eval_steps=evals, metric_for_best_model="eval_loss" if evals else None, greater_is_better=False,
-        bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=cfg.tf32 if device=="cuda" else None, use_cpu=device=="cpu",
+        bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=precision.tf32, use_cpu=device=="cpu",
         remove_unused_columns=False, **_checkpointing(cfg))
 
 # %% ../nbs/33_train.ipynb #6f53caa5
@@ -256,16 +257,17 @@ def train(
 ) -> Run: # what came of it
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
     optimizer_name(cfg) # better refused now than after the data are prepared
+    check_length(model_config(cfg), cfg.sequence_len)
     tokenizer = load_tokenizer(cfg)
     data = load_data(cfg, tokenizer, int(os.environ.get("WORLD_SIZE", 1)))
     if cfg.debug: show_samples(data.train, tokenizer)
     set_seed(cfg.seed)
-    if cfg.adapter: check_new_tokens(cfg, tokenizer)
-    model = load_model(cfg, tokenizer)
+    new = untrained_tokens(cfg, tokenizer)
+    model = load_model(cfg, tokenizer, new)
     set_attention(model, cfg)
     isolation = prove_isolation(cfg, model, tokenizer)
     if cfg.use_pose: check_pose(model, cfg, isolation.positions)
-    if cfg.adapter: model = add_adapter(model, cfg)
+    if cfg.adapter: model = add_adapter(model, cfg, new)
     hooks = training_hooks(cfg, model)
     if data.stream: hooks.append(StreamKeeper(data.stream, allow_drift))
     show_trainable(Trainable(model, hooks))
