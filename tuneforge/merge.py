@@ -6,8 +6,8 @@ Docs: https://tuneforge.github.io/tuneforge/merge.html.md"""
 
 # %% auto #0
 __all__ = ['weight_files', 'Stored', 'empty_model', 'quantised_weights', 'rounded', 'changed_base', 'Base', 'mismatches',
-           'put_adapter', 'stream', 'Drift', 'drift', 'logits_of', 'probes', 'Proof', 'layers', 'merged_tensors',
-           'write_shards', 'keep_ties', 'merge']
+           'put_adapter', 'stream', 'Drift', 'drift', 'logits_of', 'probe_logits', 'probes', 'Proof', 'layers',
+           'merged_tensors', 'write_shards', 'keep_ties', 'merge']
 
 # %% ../nbs/50_merge.ipynb #9c48f91c
 import json,os,shutil
@@ -253,6 +253,16 @@ def logits_of(
     return [o[:len(p)] for o,p in zip(out, prompts)]
 
 # %% ../nbs/50_merge.ipynb #e68eb70b
+@torch.no_grad()
+def probe_logits(
+    model, # any causal model
+    n:int=4, # sequences
+    length:int=64, # tokens of each
+) -> torch.Tensor: # (n, length, vocabulary), float32, on the CPU
+    "Logits on random tokens, which no model has learnt to answer by heart"
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (n,length), generator=torch.Generator().manual_seed(0))
+    return model.eval()(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+
 def probes(
     folder:Path, # of the adapter: with `golden_prompts.json`, if the run has kept some
     vocab_size:int, # ids are below it
