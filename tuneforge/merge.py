@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from .adapters import BASE_FILE, CHANGES_BASE, adapter_folder, load_adapter, load_base, unshare
 from .checkpoint import write_text
 from .config import Config, ModelOptions, UserError, log
-from .models import load_model, model_class, model_config
+from .models import finished, load_model, model_class, model_config
 from .precision import best_device, choose_precision, expert_weights, made_with, overlooked_layers, quantisation
 from .tiny import resolve_model
 from .tokens import load_tokenizer, trusted
@@ -187,7 +187,8 @@ def put_adapter(
     except (SafetensorError, ValueError) as e: raise UserError(f"cannot use the adapter in {folder}: {e}") from e
     there,copies = {k: v.shape for k,v in peft.state_dict().items()},(".modules_to_save.",".original_module.")
     tensors = {k: v for k,v in tensors.items() if not any(c in k for c in copies)} # of a grown embedding PEFT saves these besides
-    places = {k: k for k in tensors if k in there} | _places(peft) # PEFT saves embeddings that have grown under their own name
+    rows = {k: n for k in tensors if (n := f"{k}.default") in there} # of tied matrices PEFT saves new rows twice
+    places = {k: k for k in tensors if k in there} | rows | _places(peft) # and embeddings that have grown under their own name
     if wrong := mismatches({k: v.shape for k,v in tensors.items()}, {k: there[n] for k,n in places.items()}):
         more = f"\n  and {len(wrong)-3} more" if len(wrong)>3 else ""
         raise UserError(f"the adapter in {folder} does not belong to this base: it was trained on {config.base_model_name_or_path}\n  " + "\n  ".join(wrong[:3]) + more)
@@ -387,8 +388,12 @@ def keep_ties(
         yield k,t
 
 # %% ../nbs/50_merge.ipynb #3cea8c63
+def _result(cfg, out): return finished(cfg, out).model_copy(update=dict(load_in_4bit=False, load_in_8bit=False)) # how it is loaded
+
 def _dress(model, tokenizer, folder, out):
     "Everything beside the weights"
+    from transformers.dynamic_module_utils import custom_object_save
+    if model._auto_class is not None: custom_object_save(model, str(out), config=model.config) # code of its own
     for name in ("generation_config.json","golden_prompts.json"):
         if (folder/name).is_file(): shutil.copy(folder/name, out)
     model.config.use_cache = True
@@ -409,8 +414,9 @@ def _stream_merge(cfg, folder, tokenizer, prompts, device, original, out):
     dtypes = {base.stored[base.names[k]].dtype for k in base.names if k in base.stored}
     inner.config.dtype = dtypes.pop() if len(dtypes)==1 else None
     _dress(inner, tokenizer, folder, out)
-    merged = empty_model(ModelOptions(base_model=str(out), type_of_model=cfg.type_of_model))
-    return bare,adapted,logits_of(stream(merged, Base(ModelOptions(base_model=str(out)), merged), device), prompts, device)
+    result = _result(cfg, out)
+    merged = empty_model(result)
+    return bare,adapted,logits_of(stream(merged, Base(result, merged), device), prompts, device)
 
 # %% ../nbs/50_merge.ipynb #eab9c018
 def _whole_merge(cfg, folder, tokenizer, prompts, device, original, out):
@@ -428,7 +434,7 @@ def _whole_merge(cfg, folder, tokenizer, prompts, device, original, out):
     model = model.merge_and_unload(safe_merge=True)
     _dress(model, tokenizer, folder, out)
     model.save_pretrained(out)
-    merged = load_model(ModelOptions(base_model=str(out), type_of_model=cfg.type_of_model, **{k: getattr(cfg, k) for k in ("bf16","fp16","float32","bfloat16","float16")}))
+    merged = load_model(_result(cfg, out))
     return bare,adapted,logits_of(merged, prompts, merged.device)
 
 # %% ../nbs/50_merge.ipynb #ba96ac40
