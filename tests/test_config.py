@@ -44,6 +44,7 @@ def load(text, tmp_path, *overrides, **kw):
     ("lr_scheduler_kwargs: {num_cycels: 2}", 6, 23, "did you mean `num_cycles`"),
     ("lr_scheduler_kwargs: {num_cycles: -2}", 6, 35, "over 0"),
     ("optimizer: adamw_torh", 6, 12, "did you mean `adamw_torch`"),
+    ("do_causal_lm_eval: true\neval_causal_lm_metrics: chrf", 7, 25, "should be a list of"),
     ("save_strategy: evry", 6, 16, "one of `no`, `steps`, `epoch`, `best`"),
     ("special_tokens: {pad_tokn: x}", 6, 18, "did you mean `pad_token`"),
     ("special_tokens: <pad>", 6, 17, "should be a block of keys"),
