@@ -83,7 +83,7 @@ NOT_YET = _table(
     model=("processor_type", "remove it: only text is trained here"), quant=("qlora_sharded_model_loading", "remove it: each device loads the quantised model"),
     attention=("flex_attn_compile_kwargs xformers_attention s2_attention flash_optimum attn_implementation=flash_attention_3 attn_implementation=flash_attention_4 "
         "attn_implementation=xformers", "use `flash_attention`, `flex_attention`, `sdp_attention` or `eager_attention`"),
-    kernels=("torch_compile torch_compile_backend torch_compile_mode chunked_cross_entropy chunked_cross_entropy_num_chunks cut_cross_entropy liger_rope liger_rms_norm liger_layer_norm liger_glu_activation "
+    kernels=("torch_compile torch_compile_backend torch_compile_mode cut_cross_entropy liger_rope liger_rms_norm liger_layer_norm liger_glu_activation "
         "liger_cross_entropy liger_fused_linear_cross_entropy plugins gc_steps torch_empty_cache_steps activation_offloading gradient_checkpointing=unsloth gradient_checkpointing=offload "
         "gradient_checkpointing=offload_disk flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_fuse_mlp unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o "
         "unsloth_rms_norm unsloth_rope", "remove it: the result is the same, with more memory or time"),
@@ -254,8 +254,8 @@ class KernelOptions(Options):
     torch_compile:bool|Literal["auto"]|None = _opt(None, "compile the model; `auto`: where it is known to work")
     torch_compile_backend:str|None = _opt(None, "backend of `torch.compile`, if not inductor")
     torch_compile_mode:Literal["default","reduce-overhead","max-autotune"]|None = _opt(None, "mode of `torch.compile`")
-    chunked_cross_entropy:bool|None = _opt(None, "loss in pieces of the sequence: the logits never exist all at once")
-    chunked_cross_entropy_num_chunks:int|None = _opt(None, "pieces", gt=0)
+    chunked_cross_entropy:bool|None = _opt(None, "loss in pieces: the logits never exist all at once, in plain torch on any device; the same result")
+    chunked_cross_entropy_num_chunks:int|None = _opt(None, "pieces; 8, if not given", gt=0)
     cut_cross_entropy:bool|None = _opt(None, "Apple's Cut Cross-Entropy: the logits never exist (arXiv 2411.09009)")
     liger_rope:bool|None = _opt(None, "Liger's fused rotary embedding")
     liger_rms_norm:bool|None = _opt(None, "Liger's fused RMSNorm")

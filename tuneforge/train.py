@@ -25,6 +25,7 @@ from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserErro
 from .dataset import Prepared, train_entries
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval, isolates, packs
 from .inspect import show_samples
+from .losses import head_loss, within
 from .loaders import PlanLoader, StreamKeeper, StreamLoader
 from .methods import training_hooks
 from .models import check_length, load_model, model_config, untrained_tokens
@@ -96,11 +97,14 @@ class ForgeTrainer(HookedTrainer):
         opts:LearningOptions, # optimizer and schedule
         collator:Collator, # for training
         eval_loader:DataLoader|None=None, # batches to evaluate on
+        loss=causal_loss, # or a `HeadLoss`
         **kwargs, # of ResumableTrainer
     ):
-        self.course,self.opts,self.eval_loader = course,opts,eval_loader
+        self.course,self.opts,self.eval_loader,self.loss = course,opts,eval_loader,loss
         super().__init__(model, args, data_collator=collator, train_dataset=data.train, eval_dataset=data.valid,
-            compute_loss_func=causal_loss, **kwargs)
+            compute_loss_func=loss, **kwargs)
+    def compute_loss(self, *args, **kwargs):
+        with within(self.loss): return super().compute_loss(*args, **kwargs)
     def get_train_dataloader(self):
         where = self.data_collator,self.args.process_index,self.start
         return StreamLoader(self.course, *where) if isinstance(self.course, Stream) else PlanLoader(self.train_dataset, self.course.plans, *where)
@@ -119,7 +123,7 @@ class ForgeTrainer(HookedTrainer):
         super().save_model(output_dir, _internal_call)
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self._use_averages()
-        metrics = {f"{metric_key_prefix}_{k}": v for k,v in mean_loss(self.model, self.eval_loader, self.accelerator).items()}
+        metrics = {f"{metric_key_prefix}_{k}": v for k,v in mean_loss(self.model, self.eval_loader, self.accelerator, self.loss).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -130,6 +134,7 @@ def mean_loss(
     model, # any causal model
     loader, # batches with `labels`
     accelerator=None, # to add up over ranks
+    loss=causal_loss, # or a `HeadLoss`
 ) -> dict: # `loss` for each trained token, `perplexity`
     "Mean loss over all trained tokens"
     was_training = model.training
@@ -138,7 +143,7 @@ def mean_loss(
     for b in loader:
         b = {k: v.to(model.device) for k,v in b.items()}
         labels = b.pop("labels")
-        total[0] += causal_loss(model(**b, use_cache=False), labels, 1).item()
+        with within(loss): total[0] += loss(model(**b, use_cache=False), labels, 1).item()
         total[1] += (labels[:,1:]!=IGNORE).sum().item()
     model.train(was_training)
     if accelerator is not None and accelerator.num_processes>1: total = accelerator.reduce(total.float().to(model.device)).double().cpu()
@@ -232,7 +237,8 @@ def make_trainer(
         plan = plan_evaluation(sample_lengths(data.valid), cfg, eval_length(cfg), world)
         eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity), eval_length(cfg)), rank)
     collator = collate(isolates(cfg) or flat, cfg.sequence_len)
-    trainer = ForgeTrainer(model, args, data, course, cfg, PoseCollator(collator, cfg, cfg.seed) if cfg.use_pose else collator, eval_loader, processing_class=tokenizer,
+    trainer = ForgeTrainer(model, args, data, course, cfg, PoseCollator(collator, cfg, cfg.seed) if cfg.use_pose else collator, eval_loader,
+        head_loss(model, cfg) or causal_loss, processing_class=tokenizer,
         facts=run_facts(cfg, data, course), keep=cfg.save_total_limit, save_first=cfg.save_first_step,
         callbacks=[LiveProgress(course.tokens_until), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
