@@ -1,5 +1,4 @@
 "Losses without logits, recomputed and offloaded activations, compiled models: the same numbers as without"
-import gc
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,3 +139,91 @@ def test_the_logits_never_exist():
         return seen.size
     assert largest(causal_loss)>=511*vocabulary
     assert largest(HeadLoss(model, pieces=16))<511*vocabulary/4
+
+
+# ---- activations
+
+
+@pytest.mark.parametrize("kw", [dict(gradient_checkpointing=True), dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True)), dict(gradient_checkpointing="offload"),
+    dict(gradient_checkpointing=True, activation_offloading=True, gradient_checkpointing_kwargs=dict(use_reentrant=True)), dict(gradient_checkpointing="unsloth", gradient_checkpointing_kwargs=dict(every_n_layers=2))], ids=str)
+def test_recomputed_and_offloaded_activations_change_nothing(kw, monkeypatch):
+    "As on a GPU, with hooks that really copy: gradients are the same in every bit"
+    import transformers.modeling_utils as mu
+    moved = []
+    class Counting(mu.save_on_cpu):
+        def __init__(self, pin_memory, device_type):
+            super().__init__() # without a GPU there is no memory to pin
+            pack = self.pack_hook
+            self.pack_hook = lambda x: (moved.append(x.numel()), pack(x))[1]
+    monkeypatch.setattr(mu, "save_on_cpu", Counting)
+    model, ids = tiny("llama?num_hidden_layers=4").train(), torch.randint(9, 700, (2, 33), generator=torch.Generator().manual_seed(0))
+    def gradients():
+        model.zero_grad()
+        loss = causal_loss(model(input_ids=ids, use_cache=False), ids)
+        loss.backward()
+        return [loss.detach(), *[p.grad.clone() for p in model.parameters()]]
+    want = gradients()
+    made = checkpointing(ModelOptions(base_model="x", **kw), "cuda")
+    assert made["activation_checkpointing"] is True
+    args = dict(made["activation_checkpointing_kwargs"] or {})
+    flags = {k: args.pop(k) for k in ("every_n_layers", "offload") if k in args}
+    model.activation_checkpointing_enable(args or None, **flags)
+    runs = []
+    for l in model.model.layers: l.self_attn.register_forward_hook(lambda *a: runs.append(1))
+    got = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(want, got))
+    assert len(runs)==(6 if flags.get("every_n_layers") else 8) # each layer once, and once more where it is checkpointed
+    offload = flags.get("offload", False)
+    assert (sum(n>=2*33*64 for n in moved)>=(2 if flags.get("every_n_layers") else 4))==offload and bool(moved)==offload
+
+
+def test_nothing_to_offload_on_a_cpu(data, tmp_path, caplog):
+    with caplog.at_level("WARNING", "tuneforge"): r = train(config(data, tmp_path/"a", gradient_checkpointing="unsloth", gc_steps=-1, torch_empty_cache_steps=2))
+    assert "in the memory of the CPU already" in caplog.text and "keeps no cache" in caplog.text
+    assert seen(r)==seen(train(config(data, tmp_path/"b")))
+    with pytest.raises(ConfigError, match="a disk is slower"): config(data, tmp_path, gradient_checkpointing="offload_disk")
+
+
+# ---- compiled models
+
+@pytest.mark.parametrize("backend, kw", [("eager", dict(sample_packing=True, micro_batch_size=2)), pytest.param("aot_eager", LORA, marks=pytest.mark.slow), ("eager", dict(chunked_cross_entropy=True)), pytest.param("eager", dict(gradient_checkpointing=True), marks=pytest.mark.slow)], ids=str)
+def test_a_compiled_run_is_the_same_run(data, tmp_path, backend, kw):
+    usual = train(config(data, tmp_path/"a", **kw))
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    r = train(config(data, tmp_path/"b", torch_compile=True, torch_compile_backend=backend, save_strategy="steps", save_steps=2, **kw))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]>before
+    assert seen(r)==pytest.approx(seen(usual), rel=1e-4)
+    resumed = train(config(data, tmp_path/"c", torch_compile=True, torch_compile_backend=backend, resume_from_checkpoint=str(tmp_path/"b"/"checkpoint-2"), **kw))
+    assert seen(resumed)[-2:]==pytest.approx(seen(r)[-2:], rel=1e-4)
+    assert not any("_orig_mod" in n for n, _ in resumed.model.named_parameters())
+
+
+# ---- kernels for a GPU
+
+@pytest.mark.parametrize("key", ["cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy", "liger_rope", "liger_rms_norm", "flash_attn_cross_entropy", "flash_attn_fuse_mlp", "unsloth_rms_norm"])
+def test_a_kernel_without_a_gpu_is_refused_before_anything_is_loaded(data, tmp_path, key, monkeypatch):
+    monkeypatch.setattr("tuneforge.train.load_data", None)
+    monkeypatch.setattr("tuneforge.train.load_model", None)
+    with pytest.raises(UserError, match=f"`{key}` needs an NVIDIA or AMD GPU") as e: train(config(data, tmp_path, device="cpu", **{key: True}))
+    assert ("chunked_cross_entropy" in str(e.value))==("cross_entropy" in key)
+
+
+def test_a_kernel_without_its_library_names_the_extra():
+    from importlib.util import find_spec
+    for name, key in (("liger_kernel", "liger_rope"), ("cut_cross_entropy", "cut_cross_entropy")):
+        if find_spec(name): pytest.skip(f"{name} is installed")
+        with pytest.raises(UserError, match=r"tuneforge\[liger\]"): check_fused(ModelOptions(base_model="x", **{key: True}), "cuda")
+
+
+def test_memory_is_freed_when_it_should_be(data, tmp_path):
+    steps = []
+    class Count(FreeMemory):
+        def __init__(self, every): super().__init__(every, lambda: steps.append(self.state.global_step))
+        def on_step_end(self, args, state, control, **kw): self.state = state; super().on_step_end(args, state, control, **kw)
+    train(config(data, tmp_path/"a"), callbacks=[Count(2)])
+    assert steps==[2]
+    steps.clear()
+    train(config(data, tmp_path/"b", val_set_size=0.2, eval_steps=2, max_steps=None, num_epochs=1, gradient_accumulation_steps=1), callbacks=[Count(-1)])
+    n = max(steps)
+    assert steps==[*range(2, n+1, 2), n] # before each evaluation, and at the end of the epoch

@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/losses.html.md"""
 
 # %% auto #0
 __all__ = ['FACTORS', 'DIVISORS', 'CAPS', 'PIECES', 'LogitMath', 'output_layer', 'Catch', 'prove_logits', 'loss_in_pieces',
-           'HeadLoss', 'head_loss', 'within']
+           'HeadLoss', 'plain_head', 'head_loss', 'within']
 
 # %% ../nbs/28_losses.ipynb #653813a5
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from .config import UserError
-from .options import KernelOptions
+from .options import ModelOptions
 from .tokens import IGNORE
 
 # %% ../nbs/28_losses.ipynb #d7e27ddf
@@ -118,16 +118,53 @@ class HeadLoss(Catch):
         with torch.autocast(**self.cast): total = self.total(self.head, self.math, hidden[keep], targets[keep], **self.kwargs)
         return total/(n.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
+# %% ../nbs/28_losses.ipynb #9d425f8a
+def plain_head(
+    head, # output layer
+    math:LogitMath, # behind it
+    hidden:torch.Tensor, # (tokens, width)
+    key:str, # that needs a plain one
+) -> tuple: # (vectors, weight, bias or None), all of one type and with the factor of `math`
+    "What a kernel takes in place of the output layer. Raises `UserError` for one that is adapted or quantised."
+    if type(head) is not torch.nn.Linear: raise UserError(f"`{key}` takes the weight of the output layer, and here that is a {type(head).__name__}: use `chunked_cross_entropy: true`, which calls the layer")
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return (hidden*math.scale).to(dtype),head.weight.to(dtype),None if head.bias is None else (head.bias*math.scale).to(dtype)
+
+def _by_liger(head, math, hidden, targets):
+    "Sum of the cross-entropies, by Liger's fused output layer and loss"
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+    x,weight,bias = plain_head(head, math, hidden, "liger_fused_linear_cross_entropy")
+    return fused(x, weight, targets, bias, ignore_index=IGNORE, softcap=math.cap, reduction="sum")
+
+def _by_cut(head, math, hidden, targets, **kwargs):
+    "Sum of the cross-entropies, by Cut Cross-Entropy"
+    from cut_cross_entropy import linear_cross_entropy
+    x,weight,bias = plain_head(head, math, hidden, "cut_cross_entropy")
+    if bias is not None: raise UserError("`cut_cross_entropy` knows no bias, and the output layer of this model has one: use `chunked_cross_entropy: true`")
+    return linear_cross_entropy(x, weight, targets, ignore_index=IGNORE, softcap=math.cap, reduction="sum", **kwargs)
+
+# %% ../nbs/28_losses.ipynb #44831e75
+def _liger_loss(outputs, labels, num_items_in_batch=None):
+    "Mean cross-entropy of the next token, from whole logits, by Liger"
+    from liger_kernel.transformers.functional import liger_cross_entropy
+    logits,targets = outputs["logits"][:,:-1].flatten(0, 1),labels[:,1:].to(outputs["logits"].device).flatten()
+    total = liger_cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return total/((targets!=IGNORE).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
 # %% ../nbs/28_losses.ipynb #cca2cd67
 PIECES = 8
 "Pieces, if `chunked_cross_entropy_num_chunks` does not say"
 
 def head_loss(
     model, # transformers model, perhaps with an adapter
-    opts:KernelOptions, # `chunked_cross_entropy`
-) -> HeadLoss|None: # None: the loss of whole logits
+    opts:ModelOptions, # `chunked_cross_entropy`, `cut_cross_entropy`, `liger_cross_entropy` …
+): # -> `HeadLoss`, or a function of whole logits; None: the usual one
     "The loss that the config asks for"
     if opts.chunked_cross_entropy: return HeadLoss(model, pieces=opts.chunked_cross_entropy_num_chunks or PIECES)
+    if opts.cut_cross_entropy: return HeadLoss(model, _by_cut)
+    if opts.liger_fused_linear_cross_entropy: return HeadLoss(model, _by_liger)
+    if opts.liger_cross_entropy or opts.flash_attn_cross_entropy or opts.unsloth_cross_entropy_loss: return _liger_loss
 
 
 def within(

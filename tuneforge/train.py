@@ -25,6 +25,7 @@ from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserErro
 from .dataset import Prepared, train_entries
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval, isolates, packs
 from .inspect import show_samples
+from .kernels import FreeMemory, kernel_arguments
 from .losses import head_loss, within
 from .loaders import PlanLoader, StreamKeeper, StreamLoader
 from .methods import training_hooks
@@ -151,17 +152,12 @@ def mean_loss(
     return dict(loss=loss, perplexity=math.exp(min(loss, 700)))
 
 # %% ../nbs/33_train.ipynb #d5585e1a
-def _checkpointing(opts:ModelOptions):
-    "Recomputing activations, under the name that this version of transformers gives it"
-    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-    return {f"{'activation' if new else 'gradient'}_checkpointing": opts.gradient_checkpointing,
-        f"{'activation' if new else 'gradient'}_checkpointing_kwargs": opts.gradient_checkpointing_kwargs}
-
 def training_arguments(
     cfg:Config, # all options
     steps:int, # optimizer steps of the run
     steps_per_epoch:int, # from the plan
     evaluate:bool, # whether there is something to evaluate on
+    model_type:str="", # architecture, for Liger's kernels
 ) -> TrainingArguments: # for `ForgeTrainer`
     "What transformers' Trainer needs to know"
     device = best_device(cfg)
@@ -174,8 +170,8 @@ def training_arguments(
         logging_steps=cfg.logging_steps or max(1, min(10, round(steps*0.005))), logging_nan_inf_filter=False,
         save_strategy="steps" if save else "no", save_steps=save or 1, ignore_data_skip=True, save_only_model=cfg.save_only_model,
         eval_strategy="steps" if evals else "no", eval_steps=evals, metric_for_best_model="eval_loss" if evals else None, greater_is_better=False,
-        bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=precision.tf32, use_cpu=device=="cpu",
-        remove_unused_columns=False, **_checkpointing(cfg))
+        bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=precision.tf32 if device!="cuda" or not cfg.torch_compile else bool(precision.tf32), # compiling would switch it on unasked
+        use_cpu=device=="cpu", remove_unused_columns=False, **kernel_arguments(cfg, device, model_type))
 
 # %% ../nbs/33_train.ipynb #6f53caa5
 def stop_token_ids(
@@ -229,7 +225,7 @@ def make_trainer(
     world,rank = int(os.environ.get("WORLD_SIZE", 1)),int(os.environ.get("RANK", 0))
     course = data.stream or RunPlan(*plan_run(cfg, sample_lengths(data.train), world))
     if rank==0: log.info(repr(course))
-    args = training_arguments(cfg, course.steps, course.steps_per_epoch, data.valid is not None)
+    args = training_arguments(cfg, course.steps, course.steps_per_epoch, data.valid is not None, model.config.model_type)
     flat,pad = flattens(cfg, isolation),lambda length: (tokenizer.pad_token_id, length if fixed_length(cfg) else None, cfg.pad_to_multiple_of or 1)
     def collate(packed, length): return isolation.collator(*pad(length), flat) if packed else Collator(pad(length)[0], False, *pad(length)[1:])
     eval_loader = None
@@ -242,6 +238,7 @@ def make_trainer(
         facts=run_facts(cfg, data, course), keep=cfg.save_total_limit, save_first=cfg.save_first_step,
         callbacks=[LiveProgress(course.tokens_until), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
+    if cfg.gc_steps: trainer.add_callback(FreeMemory(cfg.gc_steps))
     if cfg.early_stopping_patience: trainer.add_callback(EarlyStoppingCallback(cfg.early_stopping_patience))
     return trainer
 
@@ -263,7 +260,9 @@ def train(
 ) -> Run: # what came of it
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
     optimizer_name(cfg) # better refused now than after the data are prepared
-    check_length(model_config(cfg), cfg.sequence_len)
+    config = model_config(cfg)
+    check_length(config, cfg.sequence_len)
+    kernel_arguments(cfg, best_device(cfg), config.model_type) # as well
     tokenizer = load_tokenizer(cfg)
     data = load_data(cfg, tokenizer, int(os.environ.get("WORLD_SIZE", 1)))
     if cfg.debug: show_samples(data.train, tokenizer)
