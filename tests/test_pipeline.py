@@ -66,7 +66,7 @@ def numbered(data):
 texts = st.lists(st.tuples(st.text("ab c", min_size=1, max_size=30), st.text("xyz", max_size=80)), min_size=4, max_size=12)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts, texts, st.sampled_from(["drop", "truncate", "split"]), st.booleans(), st.sampled_from([0, 0.2, 2]), st.sampled_from([None, (1, 1), (1, 5)]), st.sampled_from(["tokens", "rows"]),
     st.sampled_from(["first_exhausted", "all_exhausted"]), st.sampled_from([None, 3]), st.booleans(), st.sampled_from([None, 2]), st.booleans())
 def test_the_report_adds_up(tmp_path, a, b, how, dedupe, val, weights, by, until, cap, keep, shards, with_test):

@@ -222,6 +222,7 @@ def test_allowed_drift_takes_effect(data, stopped, tmp_path, caplog):
 
 # Ranks
 
+@pytest.mark.slow
 def test_the_number_of_ranks_may_change(data, tmp_path):
     "A run that goes on with other ranks, four times, takes the same steps as one that never stopped, to rounding"
     kw = dict(base_model="tiny:llama?num_hidden_layers=1", max_steps=10, micro_batch_size=1, resume="auto")

@@ -10,7 +10,7 @@ from tuneforge.rules import NEEDS, NOTES, ONE_OF, RULES
 BASE = dict(base_model="x", datasets=[dict(path="y", type="alpaca")], learning_rate=1e-4)
 HAND = dict(datasets=[dict(path="z")], test_datasets=[dict(path="z")], pretraining_dataset=[dict(path="z")], gpu_memory_limit="1GiB", max_memory={0: "1GiB"}, lr_groups=[dict(name="a", modules=["b"], lr=1)],
     bf16=True, gradient_checkpointing_kwargs=dict(use_reentrant=True), fsdp=["full_shard"], warmup_ratio=0.1, val_set_size=0.1, lora_target_modules=["q"], optim_target_modules=["q"], peft_layer_replication=[[0, 2]], special_tokens=dict(pad_token="p"), batch_size=4, lora_dropout=0.1,
-    eval_strategy="epoch", relora_prune_ratio=0.5, adam_beta3=0.5, dpo_label_smoothing=0.1, cosine_min_lr_ratio=0.1, cosine_constant_lr_ratio=0.5, save_steps=2, eval_steps=2, attn_implementation="sdpa", bench_split="test", eval_causal_lm_metrics=["chrf"], lora_rank_pattern=dict(a=2), lora_alpha_pattern=dict(a=2), peft=dict(loftq_config={}), relora_prune_method="random", tokenizer_verify=5, batch_flattening=True)
+    eval_strategy="epoch", relora_prune_ratio=0.5, adam_beta3=0.5, dpo_label_smoothing=0.1, cosine_min_lr_ratio=0.1, cosine_constant_lr_ratio=0.5, save_steps=2, eval_steps=2, attn_implementation="sdpa", bench_split="test", eval_causal_lm_metrics=["chrf"], lora_rank_pattern=dict(a=2), lora_alpha_pattern=dict(a=2), peft=dict(loftq_config={}), relora_prune_method="random", tokenizer_verify=5, batch_flattening=True, temperature=0.5, top_p=0.5, top_k=5, min_p=0.1)
 
 
 def sample(key):
@@ -75,6 +75,7 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "best_is_saved": (dict(load_best_model_at_end=True, val_set_size=0.1, save_steps=3, eval_steps=2), "no multiple of `eval_steps`", dict(load_best_model_at_end=True, val_set_size=0.1, save_steps=4, eval_steps=2)),
     "stopping_needs_evaluations": (dict(early_stopping_patience=2, val_set_size=0.1, eval_strategy="no"), "allows none", dict(early_stopping_patience=2, val_set_size=0.1)),
     "packing_gets_along": (dict(sample_packing=True, rl="dpo"), "cannot be packed", dict(rl="dpo")),
+    "comet_is_another_model": (dict(do_causal_lm_eval=True, val_set_size=0.1, eval_causal_lm_metrics=["chrf", "comet"]), "a model of its own", dict(do_causal_lm_eval=True, val_set_size=0.1, eval_causal_lm_metrics=["chrf"])),
     "answers_need_whole_rows": (dict(do_causal_lm_eval=True, val_set_size=0.1, sample_packing=True, eval_sample_packing=True), "from packed rows", dict(do_causal_lm_eval=True, val_set_size=0.1)),
     "order_is_one": (dict(sample_packing=True, packing="tight", curriculum_sampling=True), "contradict each other", dict(sample_packing=True, curriculum_sampling=True)),
     "flattening_fills_rows": (dict(batch_flattening=True, micro_batch_size=2, pad_to_sequence_len=True), "undoes `batch_flattening`", dict(batch_flattening=True, micro_batch_size=2)),

@@ -56,9 +56,13 @@ from .callbacks import *
 from .checkpoint import *
 from .loaders import *
 from .train import *
+
+# %% ../nbs/59_all.ipynb #d74b13f4
 from .merge import *
 from .infer import *
 from .evaluate import *
+from .talk import *
+from .score import *
 from .quickstart import *
 
 __all__ = [_o for _o in dir() if not _o.startswith("_")]

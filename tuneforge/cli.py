@@ -10,7 +10,7 @@ __all__ = ['COMMANDS', 'preprocess', 'preview', 'train', 'merge_lora', 'evaluate
            'unknown_command', 'run_command', 'main']
 
 # %% ../nbs/60_cli.ipynb #256afd47
-import inspect,json,logging,os,shutil,sys
+import builtins,inspect,json,logging,os,shutil,sys
 from pathlib import Path
 from . import __version__
 from .document import ConfigError, UserError, nearest
@@ -75,47 +75,105 @@ def train(
 # %% ../nbs/60_cli.ipynb #7767546a
 def merge_lora(
     cfg, # `Config` of the training run
-    out:str=None, # folder for the merged model; default: `merged` in the adapter's folder
+    out:str=None, # folder for the merged model; default: `merged` in `output_dir`
+    max_kl:float=1e-3, # refuse a merge that moves predictions further than this, in nats
+    original:bool=False, # merge into the weights of the files, even if training saw them in 4 or 8 bits
 ):
     "Merge the adapter into its base model, and prove that nothing changed"
     from tuneforge.all import merge
-    folder,drift = merge(cfg, out)
-    print(f"merged into {folder}: KL {drift.kl:.1g} nats, same token in {drift.same_token:.1%}")
+    folder,proof = merge(cfg, out, max_kl, original)
+    print(f"{proof}\nmerged into {folder}: KL {proof.kl:.1g} nats, same token in {proof.same_token:.1%}")
 
 def evaluate(
     cfg, # `Config` of the training run
-    max_answers:int=200, # rows to answer; the loss is taken over all
+    max_answers:int=200, # rows of each data set to answer; the loss is taken over all
+    train_rows:int=0, # rows of each data set that was trained, to score as well
+    compare:bool=False, # score the base, too: before and after
+    harness:str=None, # tasks of lm-evaluation-harness, separated by commas
+    harness_path:str=None, # folder with tasks of your own
+    harness_limit:int=None, # questions of each task
 ):
-    "Loss and exact match of the finetuned model on the config's evaluation data"
+    "Loss, accuracy and scores of the finetuned model, data set by data set"
+    from rich.console import Console
     from tuneforge.all import evaluate as run
-    for k,v in run(cfg, max_answers).items(): print(f"{k:<12} {v:.4g}")
+    if harness_path and not harness: raise UserError("--harness-path needs --harness TASKS")
+    scores = run(cfg, max_answers, train_rows, compare, dict(tasks=harness.split(","), folder=harness_path, limit=harness_limit) if harness else None)
+    if sys.stdout.isatty(): Console().print(scores)
+    else: print(scores)
 
 # %% ../nbs/60_cli.ipynb #cc06872c
-def _questions():
-    "Prompts: everything from a pipe, or one line after the other from a person"
-    if not sys.stdin.isatty():
-        if text := sys.stdin.read().strip(): yield text
-        return
-    print("Ask (an empty line ends):", file=sys.stderr)
-    while True:
-        try: text = input("> ").strip()
-        except EOFError: return
-        if not text: return
-        yield text
+def _one_prompt(prompt_file):
+    "The prompt from a file or a pipe; None: a person is there"
+    if prompt_file: text = Path(prompt_file).read_text(encoding="utf-8")
+    elif sys.stdin.isatty(): return None
+    else: text = sys.stdin.read()
+    if not text.strip(): raise UserError("there is nothing to answer: the prompt is empty")
+    return text.strip()
 
+def _answer_file(cfg, talk, base, input, output, batch_size, use):
+    from tuneforge.all import generate
+    from tuneforge.talk import answer_file
+    other = (lambda ids: generate(base, talk.tokenizer, ids, talk.sampling)) if base is not None else None
+    new,old = answer_file(talk.model, talk.tokenizer, talk.entry, input, output, talk.sampling, batch_size, other, f"{use} of {cfg.lora_model_dir or cfg.output_dir}")
+    print(f"{output}: {new:,} rows answered"+(f", {old:,} were there already" if old else ""))
+
+# %% ../nbs/60_cli.ipynb #a0fa493a
 def inference(
-    cfg, # `Config` of the training run
-    max_new_tokens:int=256, # longest answer
-    temperature:float=0.0, # 0: always the likeliest token
+    cfg, # the run's `Config`; `--temperature 0.7`, `--max-new-tokens 500` and other keys say how answers are drawn
+    use:str="tuned", # which model: `tuned`, `merged` or `base`
+    chat:bool=False, # a conversation in the terminal; also from a pipe, line by line
+    prompt_file:str=None, # answer the text in this file
+    input:str=None, # answer each row of this JSONL file …
+    output:str=None, # … into this one; goes on where it stopped
+    batch_size:int=8, # rows at a time
+    gradio:bool=False, # a page in the browser
+    compare:bool=False, # base and tuned side by side
     context:str="", # what the question is about (alpaca's `input`)
 ):
-    "Question the finetuned model: a prompt from stdin, or interactively"
-    from transformers import TextStreamer
-    from tuneforge.all import ask, load_finetuned, train_entries
-    model,tokenizer = load_finetuned(cfg)
-    for text in _questions():
-        ask(model, tokenizer, train_entries(cfg)[0], text, context, max_new_tokens=max_new_tokens, temperature=temperature,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    "Question the finetuned model: in a conversation, from a pipe or a file, on a page"
+    if sum(map(bool, (chat, prompt_file, input, gradio)))>1: raise UserError("give only one of --chat, --prompt-file, --input and --gradio")
+    if output and not input: raise UserError("--output needs --input: which rows are to be answered?")
+    if input and not output: raise UserError("--input needs --output: where do the answers go?")
+    from tuneforge.all import Talk, load_finetuned, train_entries
+    if gone := [f for f in (prompt_file,input) if f and not Path(f).is_file()]: raise UserError(f"no such file: {gone[0]}")
+    model,tokenizer = load_finetuned(cfg, use)
+    text = None if chat or input or gradio else _one_prompt(prompt_file)
+    base = load_finetuned(cfg, "base")[0] if compare else None
+    talk = Talk(model, tokenizer, train_entries(cfg)[0], cfg, cfg.default_system_message)
+    if gradio: return _page(talk, cfg)
+    if input: return _answer_file(cfg, talk, base, input, output, batch_size, use)
+    if text is None: return _converse(talk, base)
+    _answer_once(talk, base, text, context)
+
+# %% ../nbs/60_cli.ipynb #cae5e371
+def _page(talk, cfg):
+    from tuneforge.web import build_page, serve
+    serve(build_page(talk, cfg), cfg)
+
+def _show_both(base):
+    "For `converse`: an answer of two models"
+    from rich.console import Console
+    from tuneforge.talk import ask_both
+    return lambda talk,text,write: Console().print(ask_both(talk, text, base))
+
+def _converse(talk, base):
+    from tuneforge.talk import converse
+    if not sys.stdin.isatty(): return converse(talk, lambda mark: _line(), None, _show_both(base) if base is not None else None)
+    import readline # arrow keys and history in `input`
+    from tuneforge.infer import has_turns
+    alone = "" if has_turns(talk.entry) else f" (`type: {talk.entry.type}` has no turns: each question stands alone)"
+    print(f"/help lists the commands, Ctrl-D ends{alone}", file=sys.stderr)
+    converse(talk, builtins.input, None, _show_both(base) if base is not None else None)
+
+def _line():
+    if not (line := sys.stdin.readline()): raise EOFError
+    return line.rstrip("\n")
+
+def _answer_once(talk, base, text, context):
+    from tuneforge.all import ask, word_streamer
+    if base is not None: return _show_both(base)(talk, text, None)
+    ask(talk.model, talk.tokenizer, talk.entry, text, context, sampling=talk.sampling, streamer=word_streamer(talk.tokenizer, lambda t: print(t, end="", flush=True), talk.sampling.stop))
+    print()
 
 # %% ../nbs/60_cli.ipynb #666c2310
 def fetch(

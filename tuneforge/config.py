@@ -248,7 +248,7 @@ def _shown(v): return s if len(s := repr(v))<60 else s[:57]+"…"
 def _expected(f, v):
     "What should have been given; for one of many values, the nearest"
     options = [o for o in _literals(f.annotation) if isinstance(o, str)]
-    near = did_you_mean(v, options) if isinstance(v, str) and options else ""
+    near = did_you_mean(v, options) if isinstance(v, str) and options and v not in options else ""
     said = type_in_words(f.annotation, f.metadata)
     if len(options)>12: said = f"one of {len(options)} names, which `tuneforge config explain` lists"
     if isinstance(v, dict) and any(get_origin(a) is list for a in (f.annotation, *get_args(f.annotation))): said += "; a list entry begins with `- `"

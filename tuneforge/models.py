@@ -6,8 +6,8 @@ Docs: https://tuneforge.github.io/tuneforge/models.html.md"""
 
 # %% auto #0
 __all__ = ['LONGER', 'ELSE', 'OWN', 'named_class', 'model_config', 'scale_rope', 'override', 'positions', 'check_length',
-           'Footprint', 'footprint', 'free_memory', 'too_big', 'broken_files', 'load_model', 'untrained_tokens',
-           'finished']
+           'Footprint', 'footprint', 'free_memory', 'too_big', 'broken_files', 'model_class', 'load_model',
+           'untrained_tokens', 'finished']
 
 # %% ../nbs/20_models.ipynb #290111e1
 import hashlib,json,os
@@ -211,12 +211,16 @@ def broken_files(
     if not wrong and not list(folder.glob("*.safetensors")): wrong.append("there are no *.safetensors" + ("; weights in *.bin are pickles, which can run code: convert them to safetensors first" if list(folder.glob("*.bin")) else ""))
     return wrong
 
+
 # %% ../nbs/20_models.ipynb #b46aef4a
 OWN = dict(dtype="bfloat16", torch_dtype="bfloat16", revision="revision_of_model", trust_remote_code="trust_remote_code", quantization_config="bnb_config_kwargs", load_in_4bit="load_in_4bit", load_in_8bit="load_in_8bit",
     device_map="device_map", max_memory="max_memory", attn_implementation="attn_implementation", config="overrides_of_model_config", low_cpu_mem_usage="low_cpu_mem_usage", ignore_mismatched_sizes="overrides_of_model_config", use_safetensors="save_safetensors")
 "argument of `from_pretrained` -> the key that stands for it"
 
-def _model_class(opts, config):
+def model_class(
+    opts:ModelOptions, # `type_of_model`
+    config, # transformers config
+) -> type: # of transformers: a model's own, or one of the `Auto…`
     "The class to load with. Raises `UserError` if it is made for another architecture."
     from transformers import PreTrainedModel
     cls = named_class(opts.type_of_model or "AutoModelForCausalLM", "type_of_model", PreTrainedModel)
@@ -257,7 +261,7 @@ def _bytes_needed(size, opts, dtype): return size.bytes(dtype.itemsize, 4 if opt
 
 def _load(opts, device, config, quant, dtype):
     "The model where it belongs; a `UserError` if there is no room"
-    cls,gpus = _model_class(opts, config),torch.cuda.device_count() if device=="cuda" else 0
+    cls,gpus = model_class(opts, config),torch.cuda.device_count() if device=="cuda" else 0
     spread = placement(opts, device, gpus)
     if opts.trust_remote_code: _say_code(resolve_model(opts.base_model))
     if not config.to_dict().get("quantization_config"):

@@ -13,7 +13,8 @@ __all__ = ['NOT_YET', 'Size', 'AnyDataset', 'Optimizer', 'Schedule', 'TOPICS', '
            'PretrainingDataset', 'PreparedOptions', 'DataOptions', 'PackingOptions', 'OldPackingOptions',
            'LoftqOptions', 'PeftOptions', 'LoraOptions', 'PartialOptions', 'OptimOptions', 'CurveArgs', 'ScheduleArgs',
            'LearningRateGroup', 'ScheduleOptions', 'EvalOptions', 'TrainOptions', 'LoggingOptions',
-           'DistributedOptions', 'PreferenceOptions', 'GradioOptions', 'FileOptions', 'AllOptions', 'topic']
+           'DistributedOptions', 'PreferenceOptions', 'SamplingOptions', 'GradioOptions', 'FileOptions', 'AllOptions',
+           'topic']
 
 # %% ../nbs/01_options.ipynb #d6f51680
 import re
@@ -94,8 +95,8 @@ NOT_YET |= _table(
     packing=("auto_find_batch_size", "remove it, and choose a smaller `micro_batch_size` with more `gradient_accumulation_steps`"),
     adapters=("adapter=llama-adapter peft_adapter", "use `adapter: lora`, or train all weights"),
     early=("profiler_steps profiler_steps_start", "remove it: it changes nothing about the result"),
-    run=("save_strategy=best hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size do_causal_lm_eval eval_causal_lm_metrics "
-        "do_bench_eval bench_dataset bench_split generate_samples num_generation_samples generation_max_new_tokens generation_temperature",
+    run=("save_strategy=best hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size "
+        "generate_samples num_generation_samples generation_max_new_tokens generation_temperature",
         "remove it, and evaluate or push the saved checkpoints afterwards"),
     trackers=("use_tensorboard use_wandb wandb_project wandb_entity wandb_name wandb_run_id wandb_mode wandb_watch wandb_log_model use_mlflow mlflow_tracking_uri "
         "mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts use_comet comet_api_key comet_workspace comet_project_name comet_experiment_key "
@@ -103,8 +104,7 @@ NOT_YET |= _table(
     devices=("deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters dp_shard_size dp_replicate_size "
         "context_parallel_size tensor_parallel_size", "remove it: `torchrun` gives each device a copy of the model"),
     preferences=("rl max_prompt_len reward_model rl_beta rl_adapter_ref_model dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs orpo_alpha rpo_alpha simpo_gamma cpo_alpha "
-        "kto_desirable_weight kto_undesirable_weight", "train on the chosen answers, without `rl`"),
-    gradio=("gradio_title gradio_share gradio_server_name gradio_server_port gradio_max_new_tokens gradio_temperature", "remove it: `tuneforge inference` asks in the terminal"))
+        "kto_desirable_weight kto_undesirable_weight", "train on the chosen answers, without `rl`"))
 
 def not_yet(
     key:str, # a key, with dots, or `key=value`
@@ -222,7 +222,8 @@ class PlacementOptions(Options):
     gpu_memory_limit:int|Size|None = _opt(None, "memory to use on each GPU: `20GiB`; a bare number is GiB")
     max_memory:dict[int|Literal["cpu","disk"],int|Size]|None = _opt(None, "memory to use on each device: `{0: 20GiB, cpu: 64GiB}`")
     low_cpu_mem_usage:bool|None = _opt(None, "load the weights without a second copy in memory")
-    lora_on_cpu:bool = _opt(False, "load the adapter into the memory of the CPU")
+    lora_on_cpu:bool = _opt(False, "merge the adapter on the CPU, even if there is a GPU")
+    merge_method:Literal["memory_efficient","legacy"] = _opt("memory_efficient", "merge layer by layer, or with the whole model in memory (`legacy`)")
     device_map:str|dict|None = _opt(None, "device of each part of the model; `auto` spreads it")
     device:str|None = _opt(None, "`cuda`, `mps` or `cpu`, if not the best there is")
 
@@ -657,11 +658,11 @@ class EvalOptions(Options):
     greater_is_better:bool|None = _opt(None, "whether more of it is better")
     eval_table_size:int|None = _opt(None, "generated answers to log at each evaluation", ge=0)
     eval_max_new_tokens:int = _opt(128, "longest of these answers, in tokens", gt=0)
-    do_causal_lm_eval:bool = _opt(False, "score generated answers at each evaluation")
-    eval_causal_lm_metrics:list[Literal["sacrebleu","comet","ter","chrf","perplexity"]]|None = _opt(None, "the scores; blank: all")
-    do_bench_eval:bool = _opt(False, "answer questions of a benchmark at each evaluation")
-    bench_dataset:str|None = _opt(None, "the benchmark: `mmlu-zs`, `mmlu`, `mmlu-fs`, or a file of a hub repository")
-    bench_split:str = _opt("eval", "its split")
+    do_causal_lm_eval:bool = _opt(False, "`tuneforge evaluate` scores the generated answers")
+    eval_causal_lm_metrics:list[Literal["sacrebleu","comet","ter","chrf","perplexity"]]|None = _opt(None, "the scores; blank: `sacrebleu`, `chrf`, `ter` and `perplexity`")
+    do_bench_eval:bool = _opt(False, "`tuneforge evaluate` answers the questions of a benchmark")
+    bench_dataset:str|None = _opt(None, "the benchmark: a JSON or JSONL file with `question`, `choices`, `answer` and, for averages, `subject`")
+    bench_split:str = _opt("eval", "rows of it, where they name a `split`")
     generate_samples:bool = _opt(False, "generate from some prompts at each evaluation")
     num_generation_samples:int = _opt(3, "how many", gt=0)
     generation_max_new_tokens:int = _opt(50, "longest of these, in tokens", gt=0)
@@ -765,6 +766,19 @@ class PreferenceOptions(Options):
 
 OptionTable(PreferenceOptions)
 
+# %% ../nbs/01_options.ipynb #f3d33ebe
+class SamplingOptions(Options):
+    "How answers are drawn"
+    max_new_tokens:int = _opt(256, "longest answer, in tokens", gt=0)
+    temperature:float = _opt(0.0, "0: always the likeliest token; higher: more varied", ge=0)
+    top_p:float|None = _opt(None, "draw from the likeliest tokens that have this probability together", gt=0, le=1)
+    top_k:int|None = _opt(None, "draw from this many of the likeliest tokens", gt=0)
+    min_p:float|None = _opt(None, "leave out tokens less likely than this share of the likeliest", ge=0, le=1)
+    repetition_penalty:float|None = _opt(None, "over 1: repeat less", gt=0)
+    stop:list[str]|None = _opt(None, "texts that end an answer, besides the tokens that end it anyway")
+
+OptionTable(SamplingOptions)
+
 # %% ../nbs/01_options.ipynb #bf799926
 class GradioOptions(Options):
     "`tuneforge inference --gradio`"
@@ -788,13 +802,13 @@ OptionTable(GradioOptions)
 
 # %% ../nbs/01_options.ipynb #716a5d82
 class AllOptions(ModelOptions, TokenizerOptions, DataOptions, PackingOptions, OldPackingOptions, LoraOptions, PartialOptions, OptimOptions, ScheduleOptions,
-        TrainOptions, LoggingOptions, DistributedOptions, PreferenceOptions, GradioOptions, FileOptions):
+        TrainOptions, LoggingOptions, DistributedOptions, PreferenceOptions, SamplingOptions, GradioOptions, FileOptions):
     "All groups together"
 
 TOPICS = {"Model": BaseOptions, "Tokenizer": TokenizerOptions, "Architecture": ArchitectureOptions, "Precision and quantisation": PrecisionOptions, "Placement": PlacementOptions, "Attention": AttentionOptions,
     "Memory and kernels": KernelOptions, "Old kernels": OldKernelOptions, "Prepared data": PreparedOptions, "Data": DataOptions, "Batches and packing": PackingOptions, "Old packing": OldPackingOptions,
     "Adapter": LoraOptions, "Partial training": PartialOptions, "Optimizer": OptimOptions, "Schedule": ScheduleOptions, "Evaluation": EvalOptions, "Run": TrainOptions, "Trackers": LoggingOptions,
-    "Many devices": DistributedOptions, "Preferences": PreferenceOptions, "Gradio": GradioOptions, "File": FileOptions}
+    "Many devices": DistributedOptions, "Preferences": PreferenceOptions, "Sampling": SamplingOptions, "Gradio": GradioOptions, "File": FileOptions}
 
 def topic(
     key:str, # a top-level key
@@ -816,7 +830,7 @@ HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated",
     "sample_packing_mp_start_method": "packing needs no processes", "total_num_tokens": "tokens are counted", "total_supervised_tokens": "tokens are counted", "multipack_real_batches": "rows of a packed batch are always kept apart",
     "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "hf_use_auth_token": "a token from `hf auth login` or `HF_TOKEN` is used by itself", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "spectrum_model_name": "ratios are computed from the weights themselves", "datasets.preprocess_shards": "rows are always prepared in batches, in flat memory", "datasets.type.field": "`completion` names its column beside `type`",
     "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "low_cpu_mem_usage": "weights are always read without a second copy", "base_model_ignore_patterns": "only configs, tokenizer and safetensors are fetched",
-    "tokenizer_legacy": "fast tokenizers handle spaces as their own file says", "lora_on_cpu": "an adapter is always read into the memory of the CPU first", "tokenizer_use_fast": "only fast tokenizers are used",
+    "tokenizer_legacy": "fast tokenizers handle spaces as their own file says", "tokenizer_use_fast": "only fast tokenizers are used",
     **{f"is_{o}_derived_model": "the architecture is read from the model's config" for o in ("falcon","llama","mistral","qwen")}}
 "Keys that are accepted and say nothing, with the reason; a note repeats it"
 

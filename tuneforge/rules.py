@@ -99,7 +99,7 @@ NEEDS = {
     "optimizer=adamw_anyprecision": "torchdistx_path", "optimizer=came_pytorch,ademamix,ademamix_8bit,paged_ademamix_32bit,paged_ademamix_8bit": "adam_beta3", "optimizer=came_pytorch": "adam_epsilon2", "lr_scheduler=cosine,rex": "cosine_min_lr_ratio",
     "lr_scheduler!=constant,one_cycle,warmup_stable_decay,cosine_warmup_with_min_lr,reduce_lr_on_plateau,greedy": "lr_quadratic_warmup", "cosine_min_lr_ratio": "cosine_constant_lr_ratio",
     "optimizer=galore_adamw,galore_adamw_8bit,galore_adafactor,galore_adamw_layerwise,galore_adamw_8bit_layerwise,galore_adafactor_layerwise,apollo_adamw,apollo_adamw_layerwise": "optim_target_modules",
-    "lr_scheduler=one_cycle": "lr_div_factor", "lr_scheduler!=constant,reduce_lr_on_plateau,greedy": "warmup_steps warmup_ratio", "tokenizer_engine!=hf": "tokenizer_verify"}
+    "lr_scheduler=one_cycle": "lr_div_factor", "lr_scheduler!=constant,reduce_lr_on_plateau,greedy": "warmup_steps warmup_ratio", "tokenizer_engine!=hf": "tokenizer_verify", "temperature": "top_p top_k min_p"}
 "condition -> keys that do nothing where it does not hold"
 
 @rule
@@ -273,6 +273,10 @@ def _order_is_one(cfg):
 @rule
 def _answers_need_whole_rows(cfg):
     if cfg.do_causal_lm_eval and cfg.eval_sample_packing: yield "do_causal_lm_eval", "answers cannot be taken from packed rows: set `eval_sample_packing: false`"
+
+@rule
+def _comet_is_another_model(cfg):
+    if "comet" in (cfg.eval_causal_lm_metrics or []): yield "eval_causal_lm_metrics", "`comet` scores with a model of its own, which is not fetched here: let unbabel-comet score the answers that `tuneforge inference --input` writes, and leave it out"
 
 @rule
 def _flattening_fills_rows(cfg):

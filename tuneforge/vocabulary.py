@@ -40,7 +40,7 @@ def set_to_mean(
     "Set rows of the embedding and of the output layer to the mean of the others"
     others = torch.ones(of, dtype=torch.bool)
     others[[i for i in ids if i<of]] = False
-    for p in [t for m in {*_matrices(model), model.get_output_embeddings()} if m is not None for t in (m.weight, getattr(m, "bias", None)) if t is not None]:
+    for p in [t for m in {*_matrices(model), model.get_output_embeddings()} if m is not None for t in (m.weight, getattr(m, "bias", None)) if t is not None and t.device.type!="meta"]:
         p[list(ids)] = p[:of][others.to(p.device)].float().mean(0).to(p.dtype)
 
 # %% ../nbs/19_vocabulary.ipynb #bbaa1f06
