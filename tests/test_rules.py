@@ -9,7 +9,7 @@ from tuneforge.rules import NEEDS, NOTES, ONE_OF, RULES
 
 BASE = dict(base_model="x", datasets=[dict(path="y", type="alpaca")], learning_rate=1e-4)
 HAND = dict(datasets=[dict(path="z")], test_datasets=[dict(path="z")], pretraining_dataset=[dict(path="z")], gpu_memory_limit="1GiB", max_memory={0: "1GiB"}, lr_groups=[dict(name="a", modules=["b"], lr=1)],
-    bf16=True, fsdp=["full_shard"], warmup_ratio=0.1, val_set_size=0.1, lora_target_modules=["q"], optim_target_modules=["q"], peft_layer_replication=[[0, 2]], special_tokens=dict(pad_token="p"), batch_size=4, lora_dropout=0.1,
+    bf16=True, gradient_checkpointing_kwargs=dict(use_reentrant=True), fsdp=["full_shard"], warmup_ratio=0.1, val_set_size=0.1, lora_target_modules=["q"], optim_target_modules=["q"], peft_layer_replication=[[0, 2]], special_tokens=dict(pad_token="p"), batch_size=4, lora_dropout=0.1,
     eval_strategy="epoch", relora_prune_ratio=0.5, adam_beta3=0.5, dpo_label_smoothing=0.1, cosine_min_lr_ratio=0.1, cosine_constant_lr_ratio=0.5, save_steps=2, eval_steps=2, attn_implementation="sdpa", bench_split="test", eval_causal_lm_metrics=["chrf"], lora_rank_pattern=dict(a=2), lora_alpha_pattern=dict(a=2), peft=dict(loftq_config={}), relora_prune_method="random", tokenizer_verify=5, batch_flattening=True, temperature=0.5, top_p=0.5, top_k=5, min_p=0.1)
 
 
@@ -82,7 +82,7 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "quantised_base_needs_adapter": (dict(load_in_4bit=True), "needs an adapter", dict(load_in_4bit=True, adapter="qlora", lora_target_linear=True)),
     "adapter_has_targets": (dict(adapter="lora"), "say what to adapt", dict(adapter="lora", lora_target_modules=["q"])),
     "targets_are_a_pattern": (dict(adapter="lora", lora_target_modules="q_proj("), "no regular expression", dict(adapter="lora", lora_target_modules=".*(q|k)_proj")),
-    "adapter_gets_along": (dict(adapter="lora", lora_target_linear=True, flash_attn_fuse_mlp=True), "joins the layers", dict(flash_attn_fuse_mlp=True)),
+    "adapter_gets_along": (dict(adapter="lora", lora_target_linear=True, flash_attn_fuse_qkv=True), "joins the layers", dict(flash_attn_fuse_qkv=True)),
     "restarts_get_along": (dict(adapter="lora", lora_target_linear=True, relora_steps=12, deepspeed="z.json"), "spread over devices", dict(adapter="lora", lora_target_linear=True, relora_steps=12)),
     "adapter_begins": (dict(adapter="lora", lora_target_linear=True, peft_init_lora_weights="pisa"), "unknown `peft_init_lora_weights: pisa`", dict(adapter="lora", lora_target_linear=True, peft_init_lora_weights="pissa_niter_4")),
     "positions_are_skipped": (dict(use_pose=True), "needs `pose_max_context_len`", dict(use_pose=True, sequence_len=100, pose_max_context_len=200)),
@@ -93,6 +93,8 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "tokenizers_are_fast": (dict(tokenizer_use_fast=False), "only fast tokenizers", dict(tokenizer_use_fast=True)),
     "offloaded_states_are_whole": (dict(fsdp=["full_shard"], fsdp_config=dict(offload_params=True), optimizer="adamw_bnb_8bit"), "whole states", dict(fsdp=["full_shard"], fsdp_config=dict(offload_params=True))),
     "cut_loss_is_half_precision": (dict(cut_cross_entropy=True, float32=True), "remove `float32`", dict(cut_cross_entropy=True)),
+    "arguments_of_checkpointing": (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrent=True)), "`use_reentrent` has no effect on checkpointing", dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False, debug=True))),
+    "plugins_are_built_in": (dict(plugins=["axolotl.integrations.grokfast.GrokfastPlugin"]), "no plugin's code is run", dict(plugins=["axolotl.integrations.liger.LigerPlugin"])),
     "rows_are_whole": (dict(val_set_size=1.5), "neither a fraction", dict(val_set_size=2)),
     "keys_for_conversations": (dict(eot_tokens=["x"]), "no effect without conversations", dict(eot_tokens=["x"], datasets=[CHAT])),
     "one_resume": (dict(resume="auto", resume_from_checkpoint="x"), "give only one of `resume`, `resume_from_checkpoint`", dict(resume="auto", auto_resume_from_checkpoints=False)),
@@ -133,7 +135,8 @@ ALSO = [ # further branches of the same rules
         (dict(peft_init_lora_weights="pissa", peft=dict(loftq_config={})), "both say how"), (dict(load_in_4bit=True, peft=dict(loftq_config={})), "quantises the base itself"),
         (dict(load_in_8bit=True, peft_init_lora_weights="olora"), "must not be quantised"), (dict(peft_use_dora=True, peft_init_lora_weights="pissa"), "length of the base's columns"),
         (dict(peft_init_lora_weights="orthogonal", lora_r=3), "even rank"))], (dict(adapter="lora", lora_target_linear=True, lisa_n_layers=2), "trains weights of the base"),
-    (dict(use_pose=True, pose_max_context_len=5), "leaves nothing to skip"), (dict(use_pose=True, pose_max_context_len=9999, sample_packing=True), "gives a row its own positions"), (dict(unfrozen_parameters=["a[3:]"], optimizer="adalomo"), "names rows")]
+    (dict(use_pose=True, pose_max_context_len=5), "leaves nothing to skip"), (dict(use_pose=True, pose_max_context_len=9999, sample_packing=True), "gives a row its own positions"), (dict(unfrozen_parameters=["a[3:]"], optimizer="adalomo"), "names rows"),
+    (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True, debug=True)), "no effect with `use_reentrant: true`")]
 
 
 def test_every_rule_has_a_case(): assert set(RULES)-{"one_of", "needs"}==set(CASES)
@@ -153,6 +156,7 @@ def test_branch(fires, says): assert any(says in m for m in said(**fires)), said
 NOTED = {"evaluations_need_data": (dict(evals_per_epoch=4), "no effect without", dict(evals_per_epoch=4, val_set_size=0.1)), "pushed_when_saved": (dict(hub_model_id="a/b", save_strategy="no"), "once, at the end", dict(hub_model_id="a/b")),
     "streams_have_no_epochs": (dict(streaming=True, max_steps=5, saves_per_epoch=2), "counts over the whole run", dict(saves_per_epoch=2)),
     "shuffled_anyway": (dict(shuffle_before_merging_datasets=True), "has no effect while", dict(shuffle_before_merging_datasets=True, shuffle_merged_datasets=False)),
+    "plugins_say_nothing": (dict(plugins=["axolotl.integrations.liger.LigerPlugin"]), "work by themselves", {}), "kernels_of_today": (dict(unsloth_rope=True), "`liger_rope` does it today", dict(liger_rope=True)),
     "flattening_one_row": (dict(batch_flattening=True), "has no effect with `micro_batch_size: 1`", dict(batch_flattening=True, micro_batch_size=2)),
     "run_without_a_name": (dict(wandb_project="p", wandb_run_id="r"), "named after", dict(wandb_project="p", wandb_run_id="r", wandb_name="n"))}
 

@@ -48,6 +48,8 @@ from .partial import *
 from .relora import *
 from .methods import *
 from .pose import *
+from .kernels import *
+from .losses import *
 from .schedules import *
 from .optim import *
 from .callbacks import *

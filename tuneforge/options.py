@@ -84,10 +84,8 @@ NOT_YET = _table(
     model=("processor_type", "remove it: only text is trained here"), quant=("qlora_sharded_model_loading", "remove it: each device loads the quantised model"),
     attention=("flex_attn_compile_kwargs xformers_attention s2_attention flash_optimum attn_implementation=flash_attention_3 attn_implementation=flash_attention_4 "
         "attn_implementation=xformers", "use `flash_attention`, `flex_attention`, `sdp_attention` or `eager_attention`"),
-    kernels=("torch_compile torch_compile_backend torch_compile_mode chunked_cross_entropy chunked_cross_entropy_num_chunks cut_cross_entropy liger_rope liger_rms_norm liger_layer_norm liger_glu_activation "
-        "liger_cross_entropy liger_fused_linear_cross_entropy plugins gc_steps torch_empty_cache_steps activation_offloading gradient_checkpointing=unsloth gradient_checkpointing=offload "
-        "gradient_checkpointing=offload_disk flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_fuse_mlp unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o "
-        "unsloth_rms_norm unsloth_rope", "remove it: the result is the same, with more memory or time"),
+    kernels=("flash_attn_fuse_qkv unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o", "remove it: the result is the same, with more memory or time"),
+    disk=("gradient_checkpointing=offload_disk", "a disk is slower than computing again: use `gradient_checkpointing: offload`, which keeps activations in the memory of the CPU"),
     sources=("datasets.trust_remote_code",
         "save the rows that the code makes as a file first"),
     data=("skip_prepare_dataset", "it is for images, and tuneforge trains on text: remove it"))
@@ -245,14 +243,14 @@ OptionTable(AttentionOptions)
 # %% ../nbs/01_options.ipynb #a1c7c60c
 class KernelOptions(Options):
     "Memory for time, time for memory, and fused kernels"
-    gradient_checkpointing:bool|Literal["unsloth","offload","offload_disk"] = _opt(False, "recompute activations in the backward pass: less memory, about a third more time; `offload`: keep them in the memory of the CPU")
-    gradient_checkpointing_kwargs:dict|None = _opt(None, "for torch's checkpointing, such as `use_reentrant`")
-    activation_offloading:bool|None = _opt(None, "keep activations in the memory of the CPU until the backward pass")
-    torch_compile:bool|Literal["auto"]|None = _opt(None, "compile the model; `auto`: where it is known to work")
+    gradient_checkpointing:bool|Literal["unsloth","offload","offload_disk"] = _opt(False, "recompute activations in the backward pass: less memory, about a third more time; `offload`, or `unsloth`: what is kept waits in the memory of the CPU")
+    gradient_checkpointing_kwargs:dict|None = _opt(None, "for torch's checkpointing: `use_reentrant` (false, if not given), `preserve_rng_state`, `determinism_check`, `debug`, `early_stop`; `every_n_layers` leaves layers out")
+    activation_offloading:bool|None = _opt(None, "the same as `gradient_checkpointing: offload`")
+    torch_compile:bool|Literal["auto"]|None = _opt(None, "compile the model; `auto`: on a GPU")
     torch_compile_backend:str|None = _opt(None, "backend of `torch.compile`, if not inductor")
     torch_compile_mode:Literal["default","reduce-overhead","max-autotune"]|None = _opt(None, "mode of `torch.compile`")
-    chunked_cross_entropy:bool|None = _opt(None, "loss in pieces of the sequence: the logits never exist all at once")
-    chunked_cross_entropy_num_chunks:int|None = _opt(None, "pieces", gt=0)
+    chunked_cross_entropy:bool|None = _opt(None, "loss in pieces: the logits never exist all at once, in plain torch on any device; the same result")
+    chunked_cross_entropy_num_chunks:int|None = _opt(None, "pieces; 8, if not given", gt=0)
     cut_cross_entropy:bool|None = _opt(None, "Apple's Cut Cross-Entropy: the logits never exist (arXiv 2411.09009)")
     liger_rope:bool|None = _opt(None, "Liger's fused rotary embedding")
     liger_rms_norm:bool|None = _opt(None, "Liger's fused RMSNorm")
@@ -260,7 +258,7 @@ class KernelOptions(Options):
     liger_glu_activation:bool|None = _opt(None, "Liger's fused SwiGLU or GeGLU")
     liger_cross_entropy:bool|None = _opt(None, "Liger's fused cross-entropy")
     liger_fused_linear_cross_entropy:bool|None = _opt(None, "Liger's output layer and cross-entropy in one, in pieces")
-    plugins:list[str]|None = _opt(None, "dotted names of plugin classes; Liger and Cut Cross-Entropy need none here")
+    plugins:list[str]|None = _opt(None, "plugins of Axolotl; those of Liger and Cut Cross-Entropy say nothing here, where their keys work by themselves; others are refused")
     gc_steps:int|None = _opt(None, "free unused memory every so many steps; -1: after each epoch and before each evaluation", ge=-1)
     torch_empty_cache_steps:int|None = _opt(None, "empty torch's cache on the GPU every so many steps", gt=0)
 

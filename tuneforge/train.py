@@ -27,6 +27,8 @@ from .dataset import Prepared, train_entries
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval, isolates, packs
 from .guards import Guard, Profiled, StallWatch
 from .inspect import show_samples
+from .kernels import FreeMemory, kernel_arguments
+from .losses import head_loss, within
 from .loaders import PlanLoader, StreamKeeper, StreamLoader
 from .methods import training_hooks
 from .models import check_length, load_model, model_config, untrained_tokens
@@ -125,11 +127,14 @@ class ForgeTrainer(GuardedTrainer):
         opts:LearningOptions, # optimizer and schedule
         collator:Collator, # for training
         eval_loader:DataLoader|None=None, # batches to evaluate on
+        loss=causal_loss, # or a `HeadLoss`
         **kwargs, # of ResumableTrainer
     ):
-        self.course,self.opts,self.eval_loader = course,opts,eval_loader
+        self.course,self.opts,self.eval_loader,self.loss = course,opts,eval_loader,loss
         super().__init__(model, args, data_collator=collator, train_dataset=data.train, eval_dataset=data.valid,
-            compute_loss_func=causal_loss, **kwargs)
+            compute_loss_func=loss, **kwargs)
+    def compute_loss(self, *args, **kwargs):
+        with within(self.loss): return super().compute_loss(*args, **kwargs)
     def get_train_dataloader(self):
         where = self.data_collator,self.args.process_index,self.start
         return StreamLoader(self.course, *where) if isinstance(self.course, Stream) else PlanLoader(self.train_dataset, self.course.plans, *where)
@@ -148,7 +153,7 @@ class ForgeTrainer(GuardedTrainer):
         super().save_model(output_dir, _internal_call)
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self._use_averages()
-        metrics = {f"{metric_key_prefix}_{k}": v for k,v in mean_loss(self.model, self.eval_loader, self.accelerator).items()}
+        metrics = {f"{metric_key_prefix}_{k}": v for k,v in mean_loss(self.model, self.eval_loader, self.accelerator, self.loss).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -159,6 +164,7 @@ def mean_loss(
     model, # any causal model
     loader, # batches with `labels`
     accelerator=None, # to add up over ranks
+    loss=causal_loss, # or a `HeadLoss`
 ) -> dict: # `loss` for each trained token, `perplexity`
     "Mean loss over all trained tokens"
     was_training = model.training
@@ -167,7 +173,7 @@ def mean_loss(
     for b in loader:
         b = {k: v.to(model.device) for k,v in b.items()}
         labels = b.pop("labels")
-        total[0] += causal_loss(model(**b, use_cache=False), labels, 1).item()
+        with within(loss): total[0] += loss(model(**b, use_cache=False), labels, 1).item()
         total[1] += (labels[:,1:]!=IGNORE).sum().item()
     model.train(was_training)
     if accelerator is not None and accelerator.num_processes>1: total = accelerator.reduce(total.float().to(model.device)).double().cpu()
@@ -175,17 +181,12 @@ def mean_loss(
     return dict(loss=loss, perplexity=math.exp(min(loss, 700)))
 
 # %% ../nbs/33_train.ipynb #d5585e1a
-def _checkpointing(opts:ModelOptions):
-    "Recomputing activations, under the name that this version of transformers gives it"
-    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-    return {f"{'activation' if new else 'gradient'}_checkpointing": opts.gradient_checkpointing,
-        f"{'activation' if new else 'gradient'}_checkpointing_kwargs": opts.gradient_checkpointing_kwargs}
-
 def training_arguments(
     cfg:Config, # all options
     steps:int, # optimizer steps of the run
     steps_per_epoch:int, # from the plan
     evaluate:bool, # whether there is something to evaluate on
+    model_type:str="", # architecture, for Liger's kernels
 ) -> TrainingArguments: # for `ForgeTrainer`
     "What transformers' Trainer needs to know"
     device = best_device(cfg)
@@ -198,8 +199,8 @@ def training_arguments(
         logging_steps=cfg.logging_steps or max(1, min(10, round(steps*0.005))), logging_nan_inf_filter=False,
         save_strategy="steps" if save else "no", save_steps=save or 1, ignore_data_skip=True, save_only_model=cfg.save_only_model,
         eval_strategy="steps" if evals else "no", eval_steps=evals, metric_for_best_model="eval_loss" if evals else None, greater_is_better=False,
-        bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=precision.tf32, use_cpu=device=="cpu",
-        remove_unused_columns=False, **_checkpointing(cfg))
+        bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=precision.tf32 if device!="cuda" or not cfg.torch_compile else bool(precision.tf32), # compiling would switch it on unasked
+        use_cpu=device=="cpu", remove_unused_columns=False, **kernel_arguments(cfg, device, model_type))
 
 # %% ../nbs/33_train.ipynb #6f53caa5
 def stop_token_ids(
@@ -253,7 +254,7 @@ def make_trainer(
     world,rank = int(os.environ.get("WORLD_SIZE", 1)),int(os.environ.get("RANK", 0))
     course = data.stream or RunPlan(*plan_run(cfg, sample_lengths(data.train), world))
     if rank==0: log.info(repr(course))
-    args = training_arguments(cfg, course.steps, course.steps_per_epoch, data.valid is not None)
+    args = training_arguments(cfg, course.steps, course.steps_per_epoch, data.valid is not None, model.config.model_type)
     flat,pad = flattens(cfg, isolation),lambda length: (tokenizer.pad_token_id, length if fixed_length(cfg) else None, cfg.pad_to_multiple_of or 1)
     def collate(packed, length): return isolation.collator(*pad(length), flat) if packed else Collator(pad(length)[0], False, *pad(length)[1:])
     eval_loader = None
@@ -261,14 +262,17 @@ def make_trainer(
         plan = plan_evaluation(sample_lengths(data.valid), cfg, eval_length(cfg), world)
         eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity), eval_length(cfg)), rank)
     collator = collate(isolates(cfg) or flat, cfg.sequence_len)
-    trainer = ForgeTrainer(model, args, data, course, cfg, PoseCollator(collator, cfg, cfg.seed) if cfg.use_pose else collator, eval_loader, processing_class=tokenizer,
+    trainer = ForgeTrainer(model, args, data, course, cfg, PoseCollator(collator, cfg, cfg.seed) if cfg.use_pose else collator, eval_loader,
+        head_loss(model, cfg) or causal_loss, processing_class=tokenizer,
         facts=run_facts(cfg, data, course), keep=cfg.save_total_limit, save_first=cfg.save_first_step, guard=Guard(cfg.output_dir),
         callbacks=[LiveProgress(course.tokens_until), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
     if cfg.profiler_steps: trainer.add_callback(Profiled(cfg.output_dir, cfg.profiler_steps, cfg.profiler_steps_start))
+    if cfg.gc_steps: trainer.add_callback(FreeMemory(cfg.gc_steps))
     if cfg.early_stopping_patience: trainer.add_callback(EarlyStoppingCallback(cfg.early_stopping_patience))
     return trainer
 
+# %% ../nbs/33_train.ipynb #127c3222
 def run_facts(
     cfg:Config, # all options
     data:Prepared, # train and valid
@@ -288,7 +292,9 @@ def train(
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
     optimizer_name(cfg) # better refused now than after the data are prepared
     check_trackers(cfg)
-    check_length(model_config(cfg), cfg.sequence_len)
+    config = model_config(cfg)
+    check_length(config, cfg.sequence_len)
+    kernel_arguments(cfg, best_device(cfg), config.model_type) # as well
     tokenizer = load_tokenizer(cfg)
     data = load_data(cfg, tokenizer, int(os.environ.get("WORLD_SIZE", 1)))
     if cfg.debug: show_samples(data.train, tokenizer)
