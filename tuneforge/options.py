@@ -86,7 +86,7 @@ NOT_YET = _table(
         "attn_implementation=xformers", "use `flash_attention`, `flex_attention`, `sdp_attention` or `eager_attention`"),
     kernels=("flash_attn_fuse_qkv unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o", "remove it: the result is the same, with more memory or time"),
     disk=("gradient_checkpointing=offload_disk", "a disk is slower than computing again: use `gradient_checkpointing: offload`, which keeps activations in the memory of the CPU"),
-    sources=("datasets.trust_remote_code",
+    sources=("datasets.trust_remote_code pretraining_dataset.trust_remote_code",
         "save the rows that the code makes as a file first"),
     data=("skip_prepare_dataset", "it is for images, and tuneforge trains on text: remove it"))
 
