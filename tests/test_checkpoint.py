@@ -60,9 +60,9 @@ ACCIDENTS = {"torn weights": dict(kill=dict(torn=[2, "weights"])), "torn optimiz
 
 @pytest.fixture(scope="module")
 def accidents(made, tmp_path_factory):
-    "All that can befall a run, each once, in one process: kills before nine of the calls that write, sync, name and delete, and what `ACCIDENTS` names"
+    "All that can befall a run, each once, in one process: kills before five of the calls that write, sync, name and delete, and what `ACCIDENTS` names"
     d = tmp_path_factory.mktemp("accidents")
-    return befall(made, d, [*ACCIDENTS.values(), *(dict(kill=dict(call=c)) for c in range(6, 160, 18))], 29701)
+    return befall(made, d, [*ACCIDENTS.values(), *(dict(kill=dict(call=c)) for c in range(6, 160, 36))], 29701)
 
 
 def of(accidents, name): return accidents[list(ACCIDENTS).index(name)]
@@ -70,7 +70,7 @@ def of(accidents, name): return accidents[list(ACCIDENTS).index(name)]
 
 def test_kill_inside_a_save(made, accidents):
     hits = [survived(made, *a) for a in accidents[len(ACCIDENTS):]]
-    assert [h["codes"] for h in hits]==[[-signal.SIGKILL]]*9
+    assert [h["codes"] for h in hits]==[[-signal.SIGKILL]]*5
     assert {len(h["checkpoints"]) for h in hits}>={0, 1, 2} # from before the first save to after the last
 
 

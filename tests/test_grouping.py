@@ -72,6 +72,7 @@ def apart(d):
     return total, {k: p.grad for k, p in model.named_parameters()}
 
 
+@pytest.mark.slow # `test_loss_and_gradient_do_not_depend_on_grouping` and `test_two_ranks_are_one` are its quick siblings
 def test_grouping_changes_nothing(setup):
     loss, grads = apart(setup)
     size = sum((g**2).sum() for g in grads.values())**0.5

@@ -538,6 +538,7 @@ def test_a_table_is_read_once(tmp_path, monkeypatch):
     assert rows_of(entry(a))==ROWS==rows_of(entry(b))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_stays_flat(tmp_path):
     "A hundred megabytes more to read are no hundred megabytes more in memory"

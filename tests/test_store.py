@@ -165,7 +165,7 @@ def wait_for_part(folder, process):
     return time.monotonic()
 
 
-@pytest.mark.parametrize("processes, n", [(1, 8), (2, 4), *[pytest.param(*o, marks=pytest.mark.slow) for o in ((1, 40), (2, 12))]])
+@pytest.mark.parametrize("processes, n", [(1, 4), (2, 2), *[pytest.param(*o, marks=pytest.mark.slow) for o in ((1, 40), (2, 12))]])
 def test_killed_at_any_moment(tmp_path, processes, n):
     big(tmp_path, 4000 if processes==1 else 10_001)
     want = content(go(tmp_path, "reference", dataset_processes=processes))
@@ -215,7 +215,7 @@ def full(d, limit, out):
     except UserError as e: out.put(str(e))
 
 
-@pytest.mark.parametrize("limit", [1, 1000, 100_000, 50_000_000])
+@pytest.mark.parametrize("limit", [1000, 100_000, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 50_000_000))])
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, limit):
     big(tmp_path)
     want = content(go(tmp_path, "reference")) # now the rows are in the cache of `datasets`
