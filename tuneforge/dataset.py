@@ -9,8 +9,8 @@ __all__ = ['CUT', 'VERIFIED_TEXT', 'drop_reason', 'needed_length', 'Pieces', 'fi
            'prepare_source', 'trained_tokens', 'Part', 'describe_part', 'list_bad', 'expand_entries', 'train_entries',
            'walk', 'samples_by_row', 'compare_prompts', 'look_at', 'drop_duplicates', 'take_shard', 'set_aside',
            'weigh', 'mixture_shares', 'order_samples', 'shuffles_first', 'code_parts', 'engine_parts',
-           'tokenizer_parts', 'entry_parts', 'key_parts', 'data_key', 'Prepared', 'sample_lengths', 'texts_of',
-           'load_prepared', 'prepared_place', 'why_miss', 'prepare_data']
+           'tokenizer_parts', 'entry_parts', 'key_parts', 'data_key', 'Prepared', 'table_lengths', 'sample_lengths',
+           'texts_of', 'load_prepared', 'prepared_place', 'why_miss', 'prepare_data']
 
 # %% ../nbs/14_dataset.ipynb #29d00570
 import inspect,json,math,os,shutil
@@ -509,12 +509,18 @@ class Prepared:
         return Group(self.report, Text(self.place))
     def _repr_html_(self): return self.report._repr_html_()
 
-def sample_lengths(
-    ds, # datasets.Dataset with `input_ids`
+def table_lengths(
+    table, # of pyarrow or datasets, with `input_ids`
 ) -> np.ndarray: # tokens of each sample
     "Lengths, without a look at the tokens"
     import pyarrow.compute as pc
-    lengths = pc.list_value_length(ds.data.column("input_ids")).to_numpy().astype(np.int64)
+    return pc.list_value_length(table.column("input_ids")).to_numpy().astype(np.int64)
+
+def sample_lengths(
+    ds, # datasets.Dataset with `input_ids`
+) -> np.ndarray: # tokens of each sample
+    "Lengths in the order of a dataset"
+    lengths = table_lengths(ds.data)
     return lengths if ds._indices is None else lengths[ds._indices.column(0).to_numpy()]
 
 # %% ../nbs/14_dataset.ipynb #986b59da
