@@ -186,7 +186,7 @@ def training_arguments(
     steps:int, # optimizer steps of the run
     steps_per_epoch:int, # from the plan
     evaluate:bool, # whether there is something to evaluate on
-    model_type:str="", # architecture, for Liger's kernels
+    kernels:dict, # from `kernel_arguments`
 ) -> TrainingArguments: # for `ForgeTrainer`
     "What transformers' Trainer needs to know"
     device = best_device(cfg)
@@ -200,7 +200,7 @@ def training_arguments(
         save_strategy="steps" if save else "no", save_steps=save or 1, ignore_data_skip=True, save_only_model=cfg.save_only_model,
         eval_strategy="steps" if evals else "no", eval_steps=evals, metric_for_best_model="eval_loss" if evals else None, greater_is_better=False,
         bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=precision.tf32 if device!="cuda" or not cfg.torch_compile else bool(precision.tf32), # compiling would switch it on unasked
-        use_cpu=device=="cpu", remove_unused_columns=False, **kernel_arguments(cfg, device, model_type))
+        use_cpu=device=="cpu", remove_unused_columns=False, **kernels)
 
 # %% ../nbs/33_train.ipynb #6f53caa5
 def stop_token_ids(
@@ -248,13 +248,15 @@ def make_trainer(
     data:Prepared, # train and valid
     callbacks=(), # more callbacks
     isolation:Isolation=Isolation(), # how the model is told where samples end; from `prove_isolation`
+    kernels:dict|None=None, # from `kernel_arguments`; None: they are found now
 ) -> ForgeTrainer: # ready to train
     "Plan the batches and put the trainer together"
     from transformers import EarlyStoppingCallback
     world,rank = int(os.environ.get("WORLD_SIZE", 1)),int(os.environ.get("RANK", 0))
     course = data.stream or RunPlan(*plan_run(cfg, sample_lengths(data.train), world))
     if rank==0: log.info(repr(course))
-    args = training_arguments(cfg, course.steps, course.steps_per_epoch, data.valid is not None, model.config.model_type)
+    args = training_arguments(cfg, course.steps, course.steps_per_epoch, data.valid is not None,
+        kernel_arguments(cfg, best_device(cfg), model.config.model_type) if kernels is None else kernels)
     flat,pad = flattens(cfg, isolation),lambda length: (tokenizer.pad_token_id, length if fixed_length(cfg) else None, cfg.pad_to_multiple_of or 1)
     def collate(packed, length): return isolation.collator(*pad(length), flat) if packed else Collator(pad(length)[0], False, *pad(length)[1:])
     eval_loader = None
@@ -294,7 +296,7 @@ def train(
     check_trackers(cfg)
     config = model_config(cfg)
     check_length(config, cfg.sequence_len)
-    kernel_arguments(cfg, best_device(cfg), config.model_type) # as well
+    kernels = kernel_arguments(cfg, best_device(cfg), config.model_type) # as well
     tokenizer = load_tokenizer(cfg)
     data = load_data(cfg, tokenizer, int(os.environ.get("WORLD_SIZE", 1)))
     if cfg.debug: show_samples(data.train, tokenizer)
@@ -310,7 +312,7 @@ def train(
     show_trainable(Trainable(model, hooks))
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *train_entries(cfg)) for t in o.eot_tokens or []])
     trackers,watch = make_trackers(cfg),StallWatch(cfg.output_dir)
-    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, watch, *callbacks], isolation)
+    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, watch, *callbacks], isolation, kernels)
     with watch,tracked(trackers):
         result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
         return save_run(cfg, trainer, data, result)
