@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from tuneforge.all import *
 from tuneforge.document import ConfigError
+from tests.test_train import config as plain
 from tests.tools import write_jsonl
 
 torch.set_num_threads(1)
@@ -12,15 +13,11 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    d = tmp_path_factory.mktemp("data")
     village = Village()
-    return write_jsonl(d/"train.jsonl", village.questions(list(village.people)[:4]))
+    return write_jsonl(tmp_path_factory.mktemp("data")/"train.jsonl", village.questions(list(village.people)[:4]))
 
 
-def config(data, out, **kw):
-    base = dict(base_model="tiny:llama", datasets=[dict(path=str(data), type="alpaca")], dataset_prepared_path=str(data.parent/"prepared"), output_dir=str(out),
-        sequence_len=256, learning_rate=1e-3, save_strategy="no", logging_steps=1, lr_scheduler="constant", warmup_steps=0, micro_batch_size=3, gradient_accumulation_steps=2, max_steps=3)
-    return load_config(base | kw)
+def config(data, out, **kw): return plain(data, out, **dict(micro_batch_size=3, gradient_accumulation_steps=2, max_steps=3) | kw)
 
 
 def seen(r, *keys): return [h[k] for h in r.history for k in keys or ("loss", "grad_norm") if k in h]
