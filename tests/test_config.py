@@ -161,9 +161,9 @@ def test_what_is_not_built_is_refused_and_what_is_off_is_not(tmp_path):
         assert load_config(yaml.safe_load(GOOD) | {key: None}), key
         f = AllOptions.model_fields[key]
         if f.default in OFF and not isinstance(f.default, list): load_config(yaml.safe_load(GOOD) | {key: f.default})
-    text = GOOD+"fsdp: [full_shard]\nsave_strategy: best\nmetric_for_best_model: loss\n"
+    text = GOOD+"fsdp: [full_shard]\ntensor_parallel_size: 2\nrl: dpo\n"
     assert all("not supported yet" in p.message for p in problems(text, tmp_path)) and len(problems(text, tmp_path))==3
-    assert load(text, tmp_path, planned=True).metric_for_best_model=="loss"
+    assert load(text, tmp_path, planned=True).rl=="dpo"
     with pytest.raises(ConfigError, match=r"`pretraining_dataset\[0\].trust_remote_code` is known, but not supported yet"):
         load_config(dict(base_model="x", learning_rate=1, max_steps=3, pretraining_dataset=[dict(path="x", trust_remote_code=True)]))
 

@@ -108,7 +108,8 @@ def _file_damage(path, name, bytes, sha256):
 
 def damage(
     checkpoint:Path, # folder
-) -> list[str]: # what is wrong with it; empty: training can go on from it
+    to_go_on:bool=True, # whether training shall go on from it; else its weights are enough
+) -> list[str]: # what is wrong with it; empty: nothing
     "Compare every file of a checkpoint with its manifest"
     for name in (MANIFEST, f"{MANIFEST}.sha256"):
         if not (checkpoint/name).is_file(): return [f"{name} is missing: it was not written to its end, or not by tuneforge"]
@@ -116,7 +117,7 @@ def damage(
     if said!=f"{h}  {MANIFEST}\n".encode(): return [f"{MANIFEST} or {MANIFEST}.sha256 is damaged: SHA-256 {h[:16]}…, not {said[:16].decode(errors='replace')}…"]
     files = read_manifest(checkpoint)["files"]
     found = [m for name,f in files.items() if (m := _file_damage(checkpoint/name, name, **f))]
-    return found or ["it was written with `save_only_model`: there is no optimizer state to go on with"]*("optimizer.pt" not in files)
+    return found or ["it was written with `save_only_model`: there is no optimizer state to go on with"]*(to_go_on and "optimizer.pt" not in files)
 
 # %% ../nbs/32_checkpoint.ipynb #6c5a7e3e
 def checkpoints(
@@ -162,7 +163,7 @@ def prune(
 
 # %% ../nbs/32_checkpoint.ipynb #c29eb00f
 MAY_CHANGE = {
-    "what is written where": {"output_dir","logging_steps","save_strategy","save_steps","saves_per_epoch","save_total_limit","save_only_model","save_first_step","save_safetensors","resume",
+    "what is written where": {"output_dir","logging_steps","save_strategy","save_steps","saves_per_epoch","save_total_limit","save_only_model","load_best_model_at_end","save_first_step","save_safetensors","resume",
         "resume_from_checkpoint","auto_resume_from_checkpoints","hub_model_id","hub_strategy","hub_revision",*LoggingOptions.model_fields,*GradioOptions.model_fields,*FileOptions.model_fields},
     "how the work is shared out (the rows of a step are compared instead)": {"micro_batch_size","gradient_accumulation_steps","batch_size","eval_batch_size",*DistributedOptions.model_fields},
     "where data come from (their tokens are compared instead)": {"datasets","test_datasets","pretraining_dataset",*PreparedOptions.model_fields}}

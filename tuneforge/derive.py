@@ -79,7 +79,7 @@ def interval(
     total:int, # optimizer steps of the run
 ) -> int|None: # optimizer steps; None: never
     "Optimizer steps between two checkpoints or evaluations"
-    if strategy(opts, what)=="no": return None
+    if strategy(opts, what) in ("no","best"): return None # `best` follows the evaluations
     if s := getattr(opts, f"{what}_steps"): return max(1, round(s*total) if s<1 else int(s))
     return max(1, steps_per_epoch//(getattr(opts, f"{what}s_per_epoch") or 1))
 

@@ -80,7 +80,6 @@ def _block(t, args):
 def _table(**topics): return {k: advice for keys,advice in topics.values() for k in keys.split()}
 
 NOT_YET = _table(
-    loading=("dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor accelerator_config", "remove it: batches are made while the last one is computed"),
     model=("processor_type", "remove it: only text is trained here"), quant=("qlora_sharded_model_loading", "remove it: each device loads the quantised model"),
     attention=("flex_attn_compile_kwargs xformers_attention s2_attention flash_optimum attn_implementation=flash_attention_3 attn_implementation=flash_attention_4 "
         "attn_implementation=xformers", "use `flash_attention`, `flex_attention`, `sdp_attention` or `eager_attention`"),
@@ -94,7 +93,7 @@ NOT_YET = _table(
 NOT_YET |= _table(
     packing=("auto_find_batch_size", "remove it, and choose a smaller `micro_batch_size` with more `gradient_accumulation_steps`"),
     adapters=("adapter=llama-adapter peft_adapter", "use `adapter: lora`, or train all weights"),
-    run=("save_strategy=best hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better eval_table_size "
+    run=("hub_model_id hub_strategy hub_revision eval_table_size "
         "generate_samples num_generation_samples generation_max_new_tokens generation_temperature",
         "remove it, and evaluate or push the saved checkpoints afterwards"),
     devices=("deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters dp_shard_size dp_replicate_size "
@@ -402,11 +401,11 @@ class PreparedOptions(Options):
     remove_unused_columns:bool|None = _opt(None, "drop columns that the model does not take; here there are none")
     tokenizer_engine:Literal["auto","hf","tokie","gigatoken"] = _opt("auto", "what tokenises: Hugging Face's tokenizers, or a faster engine (`pip install 'tuneforge[fast]'`) that is first checked against them; `auto`: the fastest that is installed and gives the same ids")
     tokenizer_verify:Annotated[int,Field(gt=0)]|Literal["all"] = _opt(2000, "rows of each dataset on which a faster engine is compared with Hugging Face's tokenizers, or fewer where they have 8 MB of text; `all`: every row")
-    dataloader_num_workers:int|None = _opt(None, "processes that collate batches", ge=0)
-    dataloader_pin_memory:bool|None = _opt(None, "collate into pinned memory")
-    dataloader_prefetch_factor:int|None = _opt(None, "batches that each of these processes makes ahead", gt=0)
+    dataloader_num_workers:int|None = _opt(None, "processes that make batches; 0: this one. Their number changes no batch", ge=0)
+    dataloader_pin_memory:bool|None = _opt(None, "make batches in pinned memory; blank: with a GPU")
+    dataloader_prefetch_factor:int|None = _opt(None, "batches that each of these processes makes ahead; blank: 2", gt=0)
     dataloader_drop_last:bool|None = _opt(None, "leave out an incomplete last batch; here no row is ever left out")
-    accelerator_config:dict|None = _opt(None, "settings of accelerate's Accelerator")
+    accelerator_config:dict|None = _opt(None, "settings of accelerate's Accelerator: `non_blocking` copies pinned batches to the GPU while it computes; whatever would choose the batches is refused")
 
 OptionTable(PreparedOptions)
 
@@ -649,8 +648,8 @@ class EvalOptions(Options):
     eval_steps:int|float|None = _opt(None, "optimizer steps between evaluations; below 1: a fraction of all steps", gt=0)
     evals_per_epoch:int|None = _opt(None, "evaluations in each epoch", gt=0)
     early_stopping_patience:int|None = _opt(None, "stop after this many evaluations without improvement", gt=0)
-    load_best_model_at_end:bool = _opt(False, "end with the checkpoint that evaluated best")
-    metric_for_best_model:str|None = _opt(None, "what best means; blank: `eval_loss`")
+    load_best_model_at_end:bool = _opt(False, "end with the weights that evaluated best; each evaluation that is the best so far writes a checkpoint")
+    metric_for_best_model:str|None = _opt(None, "what best means, `eval_loss` or `eval_perplexity`; blank: `eval_loss`")
     greater_is_better:bool|None = _opt(None, "whether more of it is better")
     eval_table_size:int|None = _opt(None, "generated answers to log at each evaluation", ge=0)
     eval_max_new_tokens:int = _opt(128, "longest of these answers, in tokens", gt=0)
@@ -677,7 +676,7 @@ class TrainOptions(EvalOptions):
     num_epochs:float = _opt(1.0, "times through the data", gt=0)
     max_steps:int|None = _opt(None, "stop after this many optimizer steps", gt=0)
     logging_steps:int|None = _opt(None, "optimizer steps between two log lines; blank: 0.5 % of all, 1 to 10", gt=0)
-    save_strategy:Literal["no","steps","epoch","best"]|None = _opt(None, "when to write checkpoints; blank: `steps` if `save_steps` is given, else `epoch`")
+    save_strategy:Literal["no","steps","epoch","best"]|None = _opt(None, "when to write checkpoints: `best` after each evaluation that is the best so far; blank: `steps` if `save_steps` is given, else `epoch`")
     save_steps:int|float|None = _opt(None, "optimizer steps between checkpoints; below 1: a fraction of all steps", gt=0)
     saves_per_epoch:int|None = _opt(None, "checkpoints in each epoch", gt=0)
     save_total_limit:int = _opt(4, "newest checkpoints to keep, besides the best one", gt=0)

@@ -243,10 +243,21 @@ def _steps_are_whole(cfg):
         if v and v>1 and v!=int(v): yield k, f"`{k}: {v}` is neither a number of steps nor a fraction of them"
 
 @rule
+def _loaders_choose_nothing(cfg):
+    if cfg.dataloader_num_workers and (cfg.pretraining_dataset or cfg.streaming): yield "dataloader_num_workers", "a stream is read by the process that trains: remove `dataloader_num_workers`"
+    if asks(cfg, "dataloader_prefetch_factor") and not cfg.dataloader_num_workers: yield "dataloader_prefetch_factor", "`dataloader_prefetch_factor` has no effect without `dataloader_num_workers`"
+    for k,v in (cfg.accelerator_config or {}).items():
+        if k!="non_blocking" and v is not None: yield "accelerator_config", f"`accelerator_config: {k}` would have accelerate choose the batches, and they are planned before the first step: remove it"
+
+@rule
 def _best_is_saved(cfg):
-    if cfg.load_best_model_at_end and cfg.save_steps and cfg.eval_steps and cfg.save_steps%cfg.eval_steps:
-        yield "save_steps", f"`load_best_model_at_end` needs a checkpoint only where there was an evaluation: `save_steps` {cfg.save_steps} is no multiple of `eval_steps` {cfg.eval_steps}"
-    if cfg.save_strategy=="best" and not cfg.metric_for_best_model: yield "save_strategy", "`save_strategy: best` needs `metric_for_best_model`"
+    key = "save_strategy" if cfg.save_strategy=="best" else "load_best_model_at_end" if cfg.load_best_model_at_end else None
+    if key and cfg.eval_strategy=="no": yield key, f"`{key}` needs evaluations: `eval_strategy: no` allows none"
+    if cfg.save_strategy=="best" and not (cfg.val_set_size or cfg.test_datasets): yield "save_strategy", "`save_strategy: best` needs evaluations: give `val_set_size` or `test_datasets`, or no checkpoint will ever be written"
+    if cfg.load_best_model_at_end and cfg.save_strategy=="no": yield "load_best_model_at_end", "`load_best_model_at_end` goes back to a checkpoint, and `save_strategy: no` writes none: `save_strategy: best` writes only those"
+    known = ("loss","eval_loss","perplexity","eval_perplexity")
+    if cfg.metric_for_best_model and cfg.metric_for_best_model not in known: yield "metric_for_best_model", f"`metric_for_best_model: {cfg.metric_for_best_model}` is not measured in training: give one of {', '.join(known)}"
+    if cfg.greater_is_better: yield "greater_is_better", "of all that is measured in training, less is better: remove `greater_is_better`"
 
 @rule
 def _stopping_needs_evaluations(cfg):
