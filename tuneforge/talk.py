@@ -15,7 +15,8 @@ from pathlib import Path
 from pydantic import ValidationError
 from .checkpoint import write_text
 from .config import Config, DatasetOptions, SamplingOptions, UserError, log
-from .infer import chat_row, generate, has_turns, question_ids, user_row, without_adapter, word_streamer
+from .generate import generate
+from .infer import chat_row, has_turns, question_ids, user_row, without_adapter, word_streamer
 from .prompts import kind, prompt_format
 from .tokens import bos_ids, prompt_ids
 

@@ -11,7 +11,8 @@ __all__ = ['growing', 'build_page', 'serve']
 import os,socket,threading
 from importlib.util import find_spec
 from .config import GradioOptions, SamplingOptions, UserError, log
-from .infer import generate, has_turns
+from .generate import generate
+from .infer import has_turns
 from .talk import Talk
 
 # %% ../nbs/56_web.ipynb #f773f149
