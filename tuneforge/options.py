@@ -93,8 +93,7 @@ NOT_YET = _table(
 NOT_YET |= _table(
     packing=("auto_find_batch_size", "remove it, and choose a smaller `micro_batch_size` with more `gradient_accumulation_steps`"),
     adapters=("adapter=llama-adapter peft_adapter", "use `adapter: lora`, or train all weights"),
-    run=("hub_model_id hub_strategy hub_revision eval_table_size "
-        "generate_samples num_generation_samples generation_max_new_tokens generation_temperature",
+    run=("hub_model_id hub_strategy hub_revision ",
         "remove it, and evaluate or push the saved checkpoints afterwards"),
     devices=("deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters dp_shard_size dp_replicate_size "
         "context_parallel_size tensor_parallel_size", "remove it: `torchrun` gives each device a copy of the model"),
@@ -651,17 +650,21 @@ class EvalOptions(Options):
     load_best_model_at_end:bool = _opt(False, "end with the weights that evaluated best; each evaluation that is the best so far writes a checkpoint")
     metric_for_best_model:str|None = _opt(None, "what best means, `eval_loss` or `eval_perplexity`; blank: `eval_loss`")
     greater_is_better:bool|None = _opt(None, "whether more of it is better")
-    eval_table_size:int|None = _opt(None, "generated answers to log at each evaluation", ge=0)
+    eval_table_size:int|None = _opt(None, "the same as `generate_samples` with so many, and with the likeliest answer", ge=0)
     eval_max_new_tokens:int = _opt(128, "longest of these answers, in tokens", gt=0)
     do_causal_lm_eval:bool = _opt(False, "`tuneforge evaluate` scores the generated answers")
     eval_causal_lm_metrics:list[Literal["sacrebleu","comet","ter","chrf","perplexity"]]|None = _opt(None, "the scores; blank: `sacrebleu`, `chrf`, `ter` and `perplexity`")
     do_bench_eval:bool = _opt(False, "`tuneforge evaluate` answers the questions of a benchmark")
     bench_dataset:str|None = _opt(None, "the benchmark: a JSON or JSONL file with `question`, `choices`, `answer` and, for averages, `subject`")
     bench_split:str = _opt("eval", "rows of it, where they name a `split`")
-    generate_samples:bool = _opt(False, "generate from some prompts at each evaluation")
+    generate_samples:bool = _opt(False, "show what the model answers to some rows of the evaluation data, before training and at each evaluation; kept in `samples.jsonl`")
     num_generation_samples:int = _opt(3, "how many", gt=0)
     generation_max_new_tokens:int = _opt(50, "longest of these, in tokens", gt=0)
-    generation_temperature:float = _opt(0.7, "their temperature", ge=0)
+    generation_temperature:float = _opt(0.7, "their temperature; 0: the likeliest token", ge=0)
+    generation_do_sample:bool = _opt(True, "draw tokens by chance; false: the likeliest")
+    generation_top_p:float|None = _opt(None, "draw from the likeliest tokens that have this probability together", gt=0, le=1)
+    generation_top_k:int|None = _opt(None, "draw from this many of the likeliest tokens", gt=0)
+    generation_prompt_ratio:float = _opt(0.5, "of rows that are trained from their first token on: what is given of them", gt=0, lt=1)
     loss_watchdog_threshold:float|None = _opt(None, "stop when the loss stays over this", gt=0)
     loss_watchdog_patience:int = _opt(3, "log lines over the threshold before the run is stopped", gt=0)
     profiler_steps:int|None = _opt(None, "record time and memory of so many steps, operation by operation, in `profile.json`", gt=0)

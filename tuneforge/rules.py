@@ -92,7 +92,7 @@ NEEDS = {
     "gradient_checkpointing": "gradient_checkpointing_kwargs activation_offloading", "chunked_cross_entropy": "chunked_cross_entropy_num_chunks", "flex_attention|attn_implementation=flex_attention": "flex_attn_compile_kwargs",
     "fsdp|fsdp_config": "fsdp_version fsdp_final_state_dict_type", "rl": "rl_beta rl_adapter_ref_model max_prompt_len", "rl=dpo,ipo": "dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs", "rl=dpo": "rpo_alpha", "rl=orpo": "orpo_alpha",
     "rl=simpo": "simpo_gamma cpo_alpha", "rl=kto": "kto_desirable_weight kto_undesirable_weight", "loss_watchdog_threshold": "loss_watchdog_patience", "load_best_model_at_end|early_stopping_patience|save_strategy=best": "metric_for_best_model",
-    "metric_for_best_model": "greater_is_better", "do_causal_lm_eval": "eval_causal_lm_metrics", "do_bench_eval": "bench_dataset bench_split", "generate_samples": "num_generation_samples generation_max_new_tokens generation_temperature",
+    "metric_for_best_model": "greater_is_better", "do_causal_lm_eval": "eval_causal_lm_metrics", "do_bench_eval": "bench_dataset bench_split", "generate_samples": "num_generation_samples generation_max_new_tokens generation_temperature generation_do_sample generation_top_p generation_top_k", "generate_samples|eval_table_size": "generation_prompt_ratio",
     "profiler_steps": "profiler_steps_start", "hub_model_id": "hub_strategy hub_revision", "wandb_project|use_wandb": "wandb_entity wandb_name wandb_run_id wandb_mode wandb_watch wandb_log_model",
     "mlflow_experiment_name|use_mlflow": "mlflow_tracking_uri mlflow_run_name hf_mlflow_log_artifacts", "comet_project_name|use_comet": "comet_api_key comet_workspace comet_experiment_key comet_mode comet_online comet_experiment_config",
     "dataset_shard_num": "dataset_shard_idx", "test_datasets": "eval_sequence_len", "val_set_size|test_datasets": "eval_steps eval_strategy early_stopping_patience load_best_model_at_end eval_table_size do_causal_lm_eval generate_samples",
@@ -260,6 +260,12 @@ def _best_is_saved(cfg):
     if cfg.greater_is_better: yield "greater_is_better", "of all that is measured in training, less is better: remove `greater_is_better`"
 
 @rule
+def _samples_need_evaluations(cfg):
+    for k in ("generate_samples","eval_table_size"):
+        if getattr(cfg, k) and cfg.eval_strategy=="no": yield k, f"`{k}` shows answers at each evaluation: `eval_strategy: no` allows none"
+    if cfg.generate_samples and cfg.eval_table_size: yield "eval_table_size", "`generate_samples` and `eval_table_size` ask for the same: give one"
+
+@rule
 def _stopping_needs_evaluations(cfg):
     if cfg.early_stopping_patience and cfg.eval_strategy=="no": yield "early_stopping_patience", "`early_stopping_patience` needs evaluations: `eval_strategy: no` allows none"
 
@@ -269,7 +275,6 @@ def _packing_gets_along(cfg):
     if not cfg.sample_packing: return
     if cfg.rl: yield "sample_packing", "preference pairs cannot be packed: set `sample_packing: false`"
     if cfg.s2_attention: yield "sample_packing", "`s2_attention` shifts tokens between samples: set `sample_packing: false`"
-    if cfg.eval_table_size and cfg.eval_sample_packing is not False: yield "eval_table_size", "answers cannot be taken from packed rows: set `eval_sample_packing: false`"
 
 @rule
 def _order_is_one(cfg):

@@ -7,7 +7,7 @@ Docs: https://tuneforge.github.io/tuneforge/train.html.md"""
 # %% auto #0
 __all__ = ['total_steps', 'plan_run', 'causal_loss', 'HookedTrainer', 'GuardedTrainer', 'BestTrainer', 'ForgeTrainer',
            'mean_loss', 'training_arguments', 'stop_token_ids', 'flattens', 'prove_isolation', 'make_trainer',
-           'run_facts', 'train', 'save_run']
+           'samples', 'run_facts', 'train', 'save_run']
 
 # %% ../nbs/33_train.ipynb #4302daee
 import json,math,os
@@ -36,6 +36,7 @@ from .optim import make_optimizer, make_scheduler, optimizer_name
 from .packing import Collator, PackPlan, RunPlan, count_steps, plan_evaluation, plan_training, sample_lengths
 from .pose import PoseCollator, check_pose
 from .precision import best_device, choose_precision
+from .samples import Samples, sample_options, sample_questions
 from .schedules import LearningOptions
 from .sources import outline
 from .stream import Stream, load_data, report_of
@@ -303,6 +304,16 @@ def make_trainer(
     return trainer
 
 # %% ../nbs/33_train.ipynb #127c3222
+def samples(
+    cfg:Config, # `generate_samples`, `eval_table_size`
+    ds, # rows to evaluate on; None: there are none
+    tokenizer, # of the run
+    trackers:list, # told, too
+) -> list[Samples]: # one, or none
+    "The callback that shows what the model says"
+    n,how = sample_options(cfg)
+    return [Samples(sample_questions(ds, tokenizer, n, cfg.generation_prompt_ratio), tokenizer, how, cfg.output_dir, cfg.seed, trackers)] if n and ds is not None else []
+
 def run_facts(
     cfg:Config, # all options
     data:Prepared, # train and valid
@@ -340,7 +351,7 @@ def train(
     show_trainable(Trainable(model, hooks))
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *train_entries(cfg)) for t in o.eot_tokens or []])
     trackers,watch = make_trackers(cfg),StallWatch(cfg.output_dir)
-    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, watch, *callbacks], isolation, kernels)
+    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, *samples(cfg, data.valid, tokenizer, trackers), watch, *callbacks], isolation, kernels)
     with watch,tracked(trackers):
         result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
         if cfg.load_best_model_at_end: trainer.load_best()
