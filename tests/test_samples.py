@@ -1,5 +1,5 @@
 "Samples are what `generate` says, disturb no run, and reach the trackers"
-import json, zipfile
+import contextlib, io, json, os, zipfile
 import pytest, torch
 from transformers import TrainerCallback
 from tuneforge.all import *
@@ -89,6 +89,19 @@ def test_trackers_get_them(data, tmp_path):
     assert [r["train/global_step"] for r in wandb_rows(tmp_path)[2] if any(k.startswith("samples") for k in r)]==[0, 2, 4]
 
 
+def test_the_table_takes_no_orders():
+    row = dict(step=0, row=0, prompt="[red]q[/red]", expected="[/]", answer="\x1b[2J[link=x]")
+    from rich.console import Console
+    out = Console(width=100, file=io.StringIO())
+    out.print(samples_table([row]))
+    assert all(t in out.file.getvalue() for t in ("[red]q[/red]", "[/]", "\\x1b[2J[link=x]"))
+
+
 def test_a_terminal_is_not_obeyed():
     assert printable("\x1b]0;title\x07 \x9b31m‮abc\r\b")=="\\x1b]0;title\\x07 \\x9b31m\\u202eabc\\r\\x08"
     assert printable("naïve\n\t🙂 日本")=="naïve\n\t🙂 日本"
+    ends = os.openpty()
+    with open(ends[1], "w") as screen, contextlib.redirect_stdout(screen): show_text("a\x1b[2Jb")
+    assert os.read(ends[0], 99)==b"a\\x1b[2Jb"
+    with contextlib.redirect_stdout(io.StringIO()) as file: show_text("a\x1b[2Jb")
+    assert file.getvalue()=="a\x1b[2Jb"

@@ -170,9 +170,9 @@ def _line():
     return line.rstrip("\n")
 
 def _answer_once(talk, base, text, context):
-    from tuneforge.all import ask, word_streamer
+    from tuneforge.all import ask, show_text, word_streamer
     if base is not None: return _show_both(base)(talk, text, None)
-    ask(talk.model, talk.tokenizer, talk.entry, text, context, sampling=talk.sampling, streamer=word_streamer(talk.tokenizer, lambda t: print(t, end="", flush=True), talk.sampling.stop))
+    ask(talk.model, talk.tokenizer, talk.entry, text, context, sampling=talk.sampling, streamer=word_streamer(talk.tokenizer, show_text, talk.sampling.stop))
     print()
 
 # %% ../nbs/60_cli.ipynb #666c2310

@@ -15,6 +15,7 @@ import torch
 from fastcore.imports import in_ipython
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from .config import SamplingOptions
 from .generate import generate, printable, question_and_answer
 from .options import EvalOptions
@@ -88,7 +89,7 @@ def samples_table(
     now = list({r["row"]: r for r in rows if r["step"]==last}.values())
     for r,asked in zip(now, differing([r["prompt"] for r in now])):
         told = [asked, r["expected"], first.get(r["row"], "–"), *([r["answer"]] if last else [])]
-        table.add_row(*[printable(_short(t)) for t in told])
+        table.add_row(*[Text(printable(_short(t))) for t in told]) # square brackets are no colours
     return table
 
 # %% ../nbs/31_samples.ipynb #d000000f

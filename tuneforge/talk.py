@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from .checkpoint import write_text
 from .config import Config, DatasetOptions, SamplingOptions, UserError, log
-from .generate import generate
+from .generate import generate, printable, show_text
 from .infer import chat_row, has_turns, question_ids, user_row, without_adapter, word_streamer
 from .prompts import kind, prompt_format
 from .tokens import bos_ids, prompt_ids
@@ -131,7 +131,7 @@ def converse(
     answer=None, # (talk, text) -> shows an answer; None: as it grows
 ):
     "Talk until the end of the input, or `/quit`"
-    write = write or (lambda s: print(s, end="", flush=True))
+    write = write or show_text
     while True:
         try: text = _read(read)
         except (EOFError, KeyboardInterrupt): return write("\n")
@@ -162,7 +162,7 @@ class Compared:
         from rich.text import Text # square brackets are no colours
         t = Table(title=Text(self.question), show_lines=True, expand=True)
         t.add_column("base", ratio=1), t.add_column("tuned", ratio=1)
-        t.add_row(Text(self.base.strip()), Text(self.tuned.strip()))
+        t.add_row(Text(printable(self.base.strip())), Text(printable(self.tuned.strip())))
         return t
 
 def ask_both(
