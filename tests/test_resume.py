@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from datasets import Dataset
 from tuneforge.all import *
-from tests.tools import forks, write_jsonl
+from tests.tools import computed, forks, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,7 @@ def resumed(whole, data, out, *stops, **more):
 
 def assert_same(whole, r, ids):
     before, before_ids, before_states, _ = whole
-    line = lambda h: {k: v for k, v in h.items() if k not in ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")}
-    lines = lambda r: [line(h) for h in r.history if "train_runtime" not in h]
-    assert lines(r)==lines(before)
+    assert computed(r.history)==computed(before.history)
     assert r.metrics["loss"]==before.metrics["loss"] and r.metrics["eval_loss"]==before.metrics["eval_loss"]
     assert ids==before_ids
     for a, b in zip(before_states, states(Path(r.output_dir), r.metrics["steps"])): assert same(a, b)
@@ -249,5 +247,5 @@ def test_ranks_agree_when_to_stop(data, tmp_path):
     for f in ("model.safetensors", "checkpoint-5/optimizer.pt", "checkpoint-5/rng_state_0.pth", "checkpoint-5/rng_state_1.pth"):
         load = (lambda p: load_file(p)) if f.endswith("safetensors") else (lambda p: torch.load(p, weights_only=False))
         assert same(load(tmp_path/"whole"/f), load(tmp_path/"out"/f)), f
-    history = lambda n: [h for h in json.loads((tmp_path/n/"run.json").read_text())["history"] if "train_runtime" not in h]
+    history = lambda n: computed(json.loads((tmp_path/n/"run.json").read_text())["history"])
     assert history("whole")==history("out")

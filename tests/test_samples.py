@@ -51,7 +51,7 @@ def test_answers_are_those_of_the_model_and_what_is_expected_those_of_the_data(d
                 if ids[0, -1]==r.tokenizer.eos_token_id: break
         assert r.tokenizer.decode(ids[0], skip_special_tokens=True).endswith(o["answer"])
     shown = capsys.readouterr().err
-    assert "Samples at step 0" in shown and "after step 4" in shown
+    assert "Samples at step 0" in shown and "Samples at step 4" in shown
 
 
 def test_text_without_questions_is_cut(data, tmp_path):

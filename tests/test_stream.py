@@ -10,7 +10,7 @@ from tuneforge.cli import preprocess
 from tuneforge.derive import isolates
 from tuneforge.stream import cut_rows, join_rows
 from tests.test_resume import StopAt, same
-from tests.tools import forks, tuneforge, write_jsonl
+from tests.tools import computed, forks, tuneforge, write_jsonl
 
 BASE = dict(base_model="tiny:llama?num_hidden_layers=1", learning_rate=1e-3, sequence_len=64, micro_batch_size=2, max_steps=6)
 TOK = load_tokenizer(TokenizerOptions(base_model="tiny:llama"))
@@ -172,8 +172,7 @@ def test_stopped_and_resumed(data, tmp_path, way):
     assert same(load_file(tmp_path/"whole"/name), load_file(tmp_path/"out"/name))
     opt = lambda d: torch.load(tmp_path/d/"checkpoint-12"/"optimizer.pt", weights_only=True)
     assert same(opt("whole"), opt("out"))
-    lines = lambda r: [h for h in r.history if "train_runtime" not in h]
-    assert lines(r)==lines(whole) and r.metrics["tokens"]==whole.metrics["tokens"] and r.data==whole.data
+    assert computed(r.history)==computed(whole.history) and r.metrics["tokens"]==whole.metrics["tokens"] and r.data==whole.data
     assert whole.metrics["loss"]<load_loss(whole, 2)
 
 

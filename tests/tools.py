@@ -43,6 +43,12 @@ def module_of(nb):
     return found[0] if found else None
 
 
+def computed(history):
+    "The lines of a run's log, without the seconds and bytes that its machine took"
+    of_the_machine = ("tokens_per_second", "memory_gib", "mfu")
+    return [{k: v for k, v in h.items() if k not in of_the_machine} for h in history if "train_runtime" not in h]
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(r)+"\n" for r in rows), encoding="utf-8")
     return path

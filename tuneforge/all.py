@@ -62,6 +62,7 @@ from .train import *
 # %% ../nbs/59_all.ipynb #d74b13f4
 from .merge import *
 from .generate import *
+from .speed import *
 from .samples import *
 from .infer import *
 from .evaluate import *

@@ -65,7 +65,7 @@ def answer_samples(
         finally: model.train(was)
 
 # %% ../nbs/31_samples.ipynb #d000000d
-def _short(text, most=240): return text if len(text)<=most else f"…{text[-most:]}"
+def _short(text, most=160): return text if len(text)<=most else f"{text[:most]}…"
 
 def differing(
     texts:list[str], # such as prompts of one template
@@ -85,10 +85,10 @@ def samples_table(
     last = rows[-1]["step"]
     first = {r["row"]: r["answer"] for r in rows if r["step"]==0}
     table = Table(title=f"Samples at step {last}", title_justify="left", expand=True, show_lines=True)
-    for c in ("asked","expected","before",f"after step {last}")[:4 if last else 3]: table.add_column(c, ratio=2 if c=="asked" else 1, overflow="fold")
+    for c in ("asked","expected","before","now")[:4 if last else 3]: table.add_column(c, ratio=1, overflow="fold")
     now = list({r["row"]: r for r in rows if r["step"]==last}.values())
     for r,asked in zip(now, differing([r["prompt"] for r in now])):
-        told = [asked, r["expected"], first.get(r["row"], "–"), *([r["answer"]] if last else [])]
+        told = [asked if len(asked)<=160 else f"…{asked[-160:]}", r["expected"], first.get(r["row"], "–"), *([r["answer"]] if last else [])]
         table.add_row(*[Text(printable(_short(t))) for t in told]) # square brackets are no colours
     return table
 

@@ -6,8 +6,8 @@ Docs: https://tuneforge.github.io/tuneforge/train.html.md"""
 
 # %% auto #0
 __all__ = ['total_steps', 'plan_run', 'causal_loss', 'HookedTrainer', 'GuardedTrainer', 'BestTrainer', 'ForgeTrainer',
-           'mean_loss', 'training_arguments', 'stop_token_ids', 'flattens', 'prove_isolation', 'make_trainer',
-           'samples', 'run_facts', 'train', 'save_run']
+           'mean_loss', 'training_arguments', 'stop_token_ids', 'flattens', 'prove_isolation', 'make_meter',
+           'make_trainer', 'samples', 'run_facts', 'train', 'save_run']
 
 # %% ../nbs/33_train.ipynb #4302daee
 import json,math,os
@@ -39,6 +39,7 @@ from .precision import best_device, choose_precision
 from .samples import Samples, sample_options, sample_questions
 from .schedules import LearningOptions
 from .sources import outline
+from .speed import Meter, flops_per_token, peak_flops
 from .stream import Stream, load_data, report_of
 from .tokens import IGNORE, load_tokenizer
 from .trackers import check_trackers, make_trackers, tracked
@@ -97,9 +98,10 @@ class GuardedTrainer(HookedTrainer):
     def __init__(self,
         *args, # of HookedTrainer
         guard:Guard, # what refuses steps
+        meter:Meter|None=None, # speed and memory for the log; None: they are not in it
         **kwargs, # of HookedTrainer
     ):
-        self.guard,self.losses,self.loss_before = guard,[],None
+        self.guard,self.meter,self.losses,self.loss_before = guard,meter,[],None
         super().__init__(*args, **kwargs)
         self.add_callback(guard)
     def training_step(self, *args, **kwargs):
@@ -115,7 +117,9 @@ class GuardedTrainer(HookedTrainer):
             for p in model.parameters(): p.grad = None
             self._tr_loss.copy_(self.loss_before)
         return norm
-    def log(self, logs, start_time=None): super().log(self.guard.figures(logs), start_time)
+    def log(self, logs, start_time=None):
+        measured = self.meter.figures(self.state.global_step) if self.meter and "loss" in logs else {}
+        super().log(self.guard.figures(logs) | measured, start_time)
 
 # %% ../nbs/33_train.ipynb #b1b2c3d5
 class BestTrainer(GuardedTrainer):
@@ -269,6 +273,17 @@ def prove_isolation(
         raise UserError(f"`{key}` needs a model that takes positions, and {type(model).__name__} takes none: `packing_check: off` does not help. Set `{key}: false`.")
     return usual
 
+# %% ../nbs/33_train.ipynb #a0000901
+def make_meter(
+    model, # with its adapter, if any
+    course:RunPlan|Stream, # all steps
+    args:TrainingArguments, # precision and device
+) -> Meter: # for the display, the log and the trackers
+    "Speed against what the devices can do in 16 bits; in 32 bits that is not known"
+    half = args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)
+    peak = peak_flops(torch.cuda.get_device_name(args.device)) if args.device.type=="cuda" and half else None
+    return Meter(course.tokens_until, flops_per_token(model), peak and peak*args.world_size, args.device)
+
 # %% ../nbs/33_train.ipynb #127c322c
 def make_trainer(
     cfg:Config, # all options
@@ -292,11 +307,11 @@ def make_trainer(
     if data.valid is not None:
         plan = plan_evaluation(sample_lengths(data.valid), cfg, eval_length(cfg), world)
         eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity), eval_length(cfg)), rank, **loading_arguments(cfg))
-    collator = collate(isolates(cfg) or flat, cfg.sequence_len)
+    collator,meter = collate(isolates(cfg) or flat, cfg.sequence_len),make_meter(model, course, args)
     trainer = ForgeTrainer(model, args, data, course, cfg, PoseCollator(collator, cfg, cfg.seed) if cfg.use_pose else collator, eval_loader,
         head_loss(model, cfg) or causal_loss, loading_arguments(cfg), processing_class=tokenizer, keep_best=cfg.load_best_model_at_end or strategy(cfg, "save")=="best",
         facts=run_facts(cfg, data, course), keep=cfg.save_total_limit, save_first=cfg.save_first_step, guard=Guard(cfg.output_dir),
-        callbacks=[LiveProgress(course.tokens_until), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
+        meter=meter, callbacks=[LiveProgress(meter), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
     if cfg.profiler_steps: trainer.add_callback(Profiled(cfg.output_dir, cfg.profiler_steps, cfg.profiler_steps_start))
     if cfg.gc_steps: trainer.add_callback(FreeMemory(cfg.gc_steps))
