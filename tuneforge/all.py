@@ -52,6 +52,8 @@ from .kernels import *
 from .losses import *
 from .schedules import *
 from .optim import *
+from .folder import *
+from .record import *
 from .callbacks import *
 from .guards import *
 from .checkpoint import *
