@@ -55,9 +55,11 @@ from .optim import *
 from .folder import *
 from .record import *
 from .callbacks import *
+from .card import *
 from .guards import *
 from .checkpoint import *
 from .loaders import *
+from .share import *
 from .trackers import *
 from .train import *
 

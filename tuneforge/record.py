@@ -74,7 +74,7 @@ def as_written(
     given = cfg.model_dump(mode="json", exclude_unset=True)
     for path,mark in cfg._doc.marks.items():
         if path and (text := _written(mark)): _put(given, path, text)
-    return without_secrets(given)
+    return without_secrets({k: given[k] for k in sorted(given, key=cfg._order)})
 
 # %% ../nbs/30_record.ipynb #9f8a9fb4
 def _cpu():
