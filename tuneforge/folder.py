@@ -28,8 +28,6 @@ def in_use(
     who = f"`output_dir`: {folder} is in use by another run: process {h['pid']} on {h['host']}, since {h['since']}"
     if h["host"]!=socket.gethostname(): return f"{who}. Wait for it, {way_out}"
     if h["pid"]==os.getpid(): return f"{who}, which is this very process. Wait for that run, {way_out}"
-    if not Path(f"/proc/{h['pid']}").exists() and Path("/proc/self").exists():
-        return f"{who}. That process has ended, but one that it started still holds the folder: end it (`lsof {folder/LOCK}` names it), {way_out}"
     return f"{who}. Wait for it, stop it (`kill {h['pid']}` saves a checkpoint first), {way_out}"
 
 # %% ../nbs/30_folder.ipynb #95c8d818

@@ -36,6 +36,7 @@ def ask_hub(
     except (LocalTokenNotFoundError,HfHubHTTPError) as e: raise UserError(f"{what}: the hub refuses: {str(e).splitlines()[0]}. It wants a token that may write there: `hf auth login`, or `HF_TOKEN`") from e
     except HFValidationError as e: raise UserError(f"{what}: {e}") from e
 
+# %% ../nbs/10_hub.ipynb #489b8a73
 def push_folder(
     folder:Path, # to upload
     repo:str, # `someone/repository`; made, and private, where there is none
@@ -51,6 +52,7 @@ def push_folder(
         return str(url)
     return ask_hub(push, f"cannot push {folder} to {repo}")
 
+# %% ../nbs/10_hub.ipynb #fb134bf3
 def open_repo(
     repo:str, # `someone/repository`, or `repository` of whoever is logged in; made, and private, where there is none
     kind:str="model", # or `dataset`

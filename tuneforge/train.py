@@ -7,7 +7,7 @@ Docs: https://tuneforge.github.io/tuneforge/train.html.md"""
 # %% auto #0
 __all__ = ['total_steps', 'plan_run', 'causal_loss', 'HookedTrainer', 'GuardedTrainer', 'ForgeTrainer', 'mean_loss',
            'training_arguments', 'stop_token_ids', 'flattens', 'prove_isolation', 'make_trainer', 'run_facts', 'train',
-           'describe', 'save_run']
+           'figures', 'describe', 'save_run']
 
 # %% ../nbs/33_train.ipynb #4302daee
 import json,math,os
@@ -148,7 +148,6 @@ class ForgeTrainer(GuardedTrainer):
         self.optimizer = make_optimizer(self.model if model is None else model, self.opts, self.args.max_steps)
         for h in self.hooks: h.optimizer_made(self.optimizer)
         return self.optimizer
-    def figures_now(self): return dict(loss=mean_of_log(self.state.log_history), steps=self.state.global_step, tokens=self.course.tokens_until(self.state.global_step), seconds=self.seconds)
     def create_scheduler(self, num_training_steps:int, optimizer=None):
         self.lr_scheduler = make_scheduler(optimizer or self.optimizer, self.opts, num_training_steps)
         return self.lr_scheduler
@@ -315,7 +314,7 @@ def _train(cfg, callbacks, allow_drift):
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *train_entries(cfg)) for t in o.eot_tokens or []])
     trackers,watch = make_trackers(cfg),StallWatch(cfg.output_dir)
     trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, watch, *callbacks], isolation, kernels)
-    hub = HubPush(cfg, lambda state: describe(cfg, trainer, data, trainer.figures_now()).manifest()) if cfg.hub_model_id and trainer.args.should_save else None
+    hub = HubPush(cfg, lambda state: describe(cfg, trainer, data, figures(trainer)).manifest()) if cfg.hub_model_id and trainer.args.should_save else None
     if hub: trainer.add_callback(hub)
     with watch,tracked(trackers):
         result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
@@ -332,6 +331,13 @@ def train(
     with held(cfg.output_dir): return _train(cfg, callbacks, allow_drift)
 
 # %% ../nbs/33_train.ipynb #abd7c371
+def figures(
+    trainer:ForgeTrainer, # at some step
+) -> dict: # `loss`, `steps`, `tokens`, `seconds`
+    "What has come of a run so far"
+    done = trainer.state.global_step
+    return dict(loss=mean_of_log(trainer.state.log_history), steps=done, tokens=trainer.course.tokens_until(done), seconds=trainer.seconds)
+
 def describe(
     cfg:Config, # all options
     trainer:ForgeTrainer, # at some step
