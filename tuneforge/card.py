@@ -199,7 +199,9 @@ def write_card(
     if at.is_file() and not is_ours(at.read_text(encoding="utf-8")):
         at = folder/OTHER
         log.warning(f"{folder/CARD} is not of a run's making, and stays; the card of this run is {at}")
-    at.write_text(sealed(text), encoding="utf-8")
+    part = at.with_name(f".{at.name}.part")
+    part.write_text(sealed(text), encoding="utf-8")
+    part.replace(at)
     return at
 
 # %% ../nbs/31_card.ipynb #6b23b5fe
