@@ -77,7 +77,7 @@ def push_run(
     repo,branch = repo or run["config"].get("hub_model_id"),branch or run["config"].get("hub_revision")
     if not repo: raise UserError(f"where to? {folder}/run.json has no `hub_model_id`: --to owner/name")
     place,address = open_repo(repo, branch=branch)
-    files = model_files(checkpoint or folder, run) | _card(folder, run, place, has_own_card(folder) if own is None else own) | {"run.json": (json.dumps(public_run(run), indent=1, ensure_ascii=False, default=str)+"\n").encode()}
+    files = model_files(checkpoint or folder, run) | _card(checkpoint or folder, run, place, has_own_card(folder) if own is None else own) | {"run.json": (json.dumps(public_run(run), indent=1, ensure_ascii=False, default=str)+"\n").encode()}
     if not any(n.endswith(".safetensors") for n in files): raise UserError(f"{checkpoint or folder} holds no model: nothing is pushed")
     if state: files |= {f"{state}/{f.relative_to(checkpoint)}": f for f in checkpoint.rglob("*") if f.is_file()}
     push_files(files, place, branch=branch, message=f"{run['metrics']['steps']:,} steps, made with tuneforge")
