@@ -93,6 +93,9 @@ def test_git(home, monkeypatch):
 WORD = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=8, max_size=20).map(lambda w: "Q"+w)
 
 
+def test_paths_that_are_no_home_stay(): assert without_homes(["/srv/homework/a", "./home/ann", "/rootless"], "/root")==["/srv/homework/a", "./home/ann", "/rootless"]
+
+
 @given(WORD, st.sampled_from(["https://me:{}@host/x", "s3://{}@bucket/x", "https://host/x?sig={}", "see https://me:{}@host/x:3 for it", "hf_{0}{0}", "Bearer sk-{0}{0}"]), st.booleans())
 def test_no_form_of_a_secret_is_shown(word, form, deep):
     value = form.format(word)
