@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler
 
 class Hub(BaseHTTPRequestHandler):
     "Subclass it, with `repos` and `log` of its own"
-    repos, log, token = None, None, "hf_secret"
+    repos, log, token, forbidden = None, None, "hf_secret", False # forbidden: the token may read, but not write
 
     def answer(self, status, body=b"", **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -25,17 +25,23 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(length)) if length else self.chunks()
         self.log.append(f"POST {self.path}")
         if not self.allowed(): return self.answer(401, dict(error="Invalid username or password."))
+        if self.forbidden: return self.answer(403, dict(error="Forbidden: you don't have the rights to create a model under this namespace"))
+        if self.path=="/api/validate-yaml": return self.answer(200, dict(errors=[], warnings=[])) # of cards; it takes all
         if self.path=="/api/repos/create":
             said = json.loads(body)
-            repo = f"{said['organization']}/{said['name']}" if said.get("organization") else said["name"]
+            repo = f"{said['organization']}/{said['name']}" if said.get("organization") else f"me/{said['name']}" # of whoever is logged in
             self.repos.setdefault((said.get("type") or "model", repo), dict(private=bool(said.get("private")) or said.get("visibility")=="private", files={}))
             return self.answer(200, dict(url=f"http://{self.headers['Host']}/{'datasets/'*(said.get('type')=='dataset')}{repo}"))
         kind, *name = self.path.removeprefix("/api/").split("?")[0].split("/")[:3]
         repo = self.repos[(kind.rstrip("s"), "/".join(name))]
         if "/preupload/" in self.path: return self.answer(200, dict(files=[dict(path=f["path"], uploadMode="regular", shouldIgnore=False) for f in json.loads(body)["files"]]))
+        if "/branch/" in self.path: repo.setdefault("branches", {}).setdefault(self.path.rpartition("/")[2], {})
         if "/commit/" in self.path:
+            branch = self.path.split("?")[0].rpartition("/")[2]
+            files = repo["files"] if branch=="main" else repo.get("branches", {}).get(branch)
+            if files is None: return self.missing("Revision")
             for line in map(json.loads, body.splitlines()):
-                if line["key"]=="file": repo["files"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                if line["key"]=="file": files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             return self.answer(200, dict(commitUrl=f"http://{self.headers['Host']}/{'datasets/'*(kind=='datasets')}{'/'.join(name)}/commit/{'1'*40}", commitOid="1"*40, hookOutput=""))
         self.answer(200, {})
     def chunks(self):

@@ -52,10 +52,14 @@ from .kernels import *
 from .losses import *
 from .schedules import *
 from .optim import *
+from .folder import *
+from .record import *
 from .callbacks import *
+from .card import *
 from .guards import *
 from .checkpoint import *
 from .loaders import *
+from .share import *
 from .trackers import *
 from .train import *
 

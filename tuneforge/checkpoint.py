@@ -25,6 +25,7 @@ from . import __version__
 from .callbacks import Cadence, StopOnSignal, Stopped
 from .config import Config, TrainOptions, UserError, log
 from .options import DistributedOptions, FileOptions, GradioOptions, LoggingOptions, PreparedOptions
+from .record import without_secrets
 
 # %% ../nbs/32_checkpoint.ipynb #a36abaf0
 def sync(
@@ -230,11 +231,15 @@ class Run:
     history:list=field(repr=False, default_factory=list) # the trainer's log
     model:object=field(repr=False, default=None) # in memory, not written
     tokenizer:object=field(repr=False, default=None) # in memory, not written
+    made:dict=field(repr=False, default_factory=dict) # how it came about: `given`, `origins`, `fingerprints`, `hardware`, `git`, …
 
+    def manifest(self) -> dict: # plain values
+        "What `run.json` says"
+        d = {k: v for k,v in self.__dict__.items() if k not in ("model","tokenizer","made")}
+        return without_secrets(json.loads(json.dumps(d | self.made | dict(versions=versions()), default=str)))
     def save(self):
         "Write `run.json`"
-        d = {k: v for k,v in self.__dict__.items() if k not in ("model","tokenizer")}
-        write_text(Path(self.output_dir)/"run.json", json.dumps(d | dict(versions=versions()), indent=1, default=str))
+        write_text(Path(self.output_dir)/"run.json", json.dumps(self.manifest(), indent=1))
     def __repr__(self):
         m = self.metrics
         return f"{self.plan}\n{m['steps']} steps, {m['tokens']:,} tokens in {m['seconds']:.0f} s ({m['tokens']/m['seconds']:,.0f} tok/s), loss {m['loss']:.3f}\nin {self.output_dir}"
@@ -361,7 +366,7 @@ def make_way(
     "Clear what a killed process left, and move checkpoints that are not of this run"
     output_dir.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(output_dir/SAVING, ignore_errors=True)
-    last = int(Path(checkpoint).name.split("-")[1]) if checkpoint and Path(checkpoint).resolve().parent==output_dir.resolve() else -1
+    last = read_manifest(Path(checkpoint))["step"] if checkpoint and Path(checkpoint).resolve().parent==output_dir.resolve() else -1
     set_aside([p for p in checkpoints(output_dir) if (p/MANIFEST).is_file() and int(p.name.split("-")[1])>last])
 
 # %% ../nbs/32_checkpoint.ipynb #b349ff5d

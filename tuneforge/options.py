@@ -93,8 +93,6 @@ NOT_YET = _table(
 NOT_YET |= _table(
     packing=("auto_find_batch_size", "remove it, and choose a smaller `micro_batch_size` with more `gradient_accumulation_steps`"),
     adapters=("adapter=llama-adapter peft_adapter", "use `adapter: lora`, or train all weights"),
-    run=("hub_model_id hub_strategy hub_revision ",
-        "remove it, and evaluate or push the saved checkpoints afterwards"),
     devices=("deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters dp_shard_size dp_replicate_size "
         "context_parallel_size tensor_parallel_size", "remove it: `torchrun` gives each device a copy of the model"),
     preferences=("rl max_prompt_len reward_model rl_beta rl_adapter_ref_model dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs orpo_alpha rpo_alpha simpo_gamma cpo_alpha "
@@ -689,9 +687,9 @@ class TrainOptions(EvalOptions):
     resume:str|None = _opt(None, "`auto`: go on from the newest whole checkpoint in `output_dir`, if there is one; a checkpoint folder: from that; `never`, or blank: begin anew")
     resume_from_checkpoint:str|None = _opt(None, "checkpoint folder to go on from; as `resume` with a folder")
     auto_resume_from_checkpoints:bool = _opt(False, "go on from the newest whole checkpoint in `output_dir`; as `resume: auto`")
-    hub_model_id:str|None = _opt(None, "hub repository for the result (private)")
-    hub_strategy:Literal["end","every_save","checkpoint","all_checkpoints"]|None = _opt(None, "what is pushed when")
-    hub_revision:str|None = _opt(None, "branch to push to")
+    hub_model_id:str|None = _opt(None, "push the result to this repository of the hub, `owner/name`; made, and private, where there is none")
+    hub_strategy:Literal["end","every_save","checkpoint","all_checkpoints"]|None = _opt(None, "what is pushed when: `end`, the result; `every_save`, or blank, also the model of each checkpoint; `checkpoint`, also the newest one to go on from, as `last-checkpoint`; `all_checkpoints`, also each of them under its name")
+    hub_revision:str|None = _opt(None, "branch to push to; made where there is none; blank: `main`")
 
 OptionTable(TrainOptions, but=(EvalOptions,))
 

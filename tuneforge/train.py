@@ -7,10 +7,11 @@ Docs: https://tuneforge.github.io/tuneforge/train.html.md"""
 # %% auto #0
 __all__ = ['total_steps', 'plan_run', 'causal_loss', 'HookedTrainer', 'GuardedTrainer', 'BestTrainer', 'ForgeTrainer',
            'mean_loss', 'training_arguments', 'stop_token_ids', 'flattens', 'prove_isolation', 'make_meter',
-           'make_trainer', 'samples', 'run_facts', 'train', 'save_run']
+           'make_trainer', 'samples', 'run_facts', 'train', 'figures', 'describe', 'save_run']
 
 # %% ../nbs/33_train.ipynb #4302daee
 import json,math,os
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
@@ -21,10 +22,12 @@ from torch.utils.data import DataLoader
 from .adapters import add_adapter
 from .attention import NEED_MASK, Isolation, check_isolation, isolations, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
-from .checkpoint import ResumableTrainer, Run, damage, data_facts, on_first_rank, plan_facts, resume_from, run_to_end, write_text
+from .card import how_to_ask, model_card, no_other_card, write_card
+from .checkpoint import ResumableTrainer, Run, damage, data_facts, mean_of_log, on_first_rank, plan_facts, resume_from, run_to_end, write_text
 from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserError, log
 from .dataset import Prepared, train_entries
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval, isolates, packs, strategy
+from .folder import held
 from .guards import Guard, Profiled, StallWatch
 from .inspect import show_samples
 from .kernels import FreeMemory, kernel_arguments
@@ -36,8 +39,10 @@ from .optim import make_optimizer, make_scheduler, optimizer_name
 from .packing import Collator, PackPlan, RunPlan, count_steps, plan_evaluation, plan_training, sample_lengths
 from .pose import PoseCollator, check_pose
 from .precision import best_device, choose_precision
+from .record import as_written, fingerprints, git_state, hardware, origins, without_secrets
 from .samples import Samples, sample_options, sample_questions
 from .schedules import LearningOptions
+from .share import HubPush, check_hub
 from .sources import outline
 from .speed import Meter, flops_per_token, peak_flops
 from .stream import Stream, load_data, report_of
@@ -84,8 +89,8 @@ class HookedTrainer(ResumableTrainer):
     @property
     def hooks(self): return [c for c in self.callback_handler.callbacks if isinstance(c, TrainHook)]
     def save_model(self, output_dir=None, _internal_call=False):
-        super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self.args.output_dir)
+        with no_other_card(folder) if self.args.should_save else nullcontext(): super().save_model(output_dir, _internal_call)
         (folder/"training_args.bin").unlink(missing_ok=True) # a pickle; run.json says it all
         for h in self.hooks if self.args.should_save else []: h.save(folder, not _internal_call)
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -336,18 +341,14 @@ def run_facts(
 ) -> dict: # for the manifest of a checkpoint
     "What a run must have in common with a checkpoint to go on from it"
     trained,plan = (list(map(outline, train_entries(cfg))),"a stream") if data.stream else (data_facts(data.train),plan_facts(course.plans))
-    return dict(config=cfg.model_dump(mode="json"), data=dict(train=trained, valid=data_facts(data.valid)), plan=plan,
+    return dict(config=without_secrets(cfg.model_dump(mode="json")), data=dict(train=trained, valid=data_facts(data.valid)), plan=plan, git=git_state(),
         steps=course.steps, steps_per_epoch=course.steps_per_epoch, rows_per_step=course.rows_per_step)
 
 # %% ../nbs/33_train.ipynb #abd7c370
-def train(
-    cfg:Config, # all options
-    callbacks=(), # more callbacks of transformers' kind
-    allow_drift:bool=False, # go on from a checkpoint though config or data have changed
-) -> Run: # what came of it
-    "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
+def _train(cfg, callbacks, allow_drift):
     optimizer_name(cfg) # better refused now than after the data are prepared
     check_trackers(cfg)
+    check_hub(cfg)
     config = model_config(cfg)
     check_length(config, cfg.sequence_len)
     kernels = kernel_arguments(cfg, best_device(cfg), config.model_type) # as well
@@ -367,27 +368,59 @@ def train(
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *train_entries(cfg)) for t in o.eot_tokens or []])
     trackers,watch = make_trackers(cfg),StallWatch(cfg.output_dir)
     trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, *samples(cfg, data.valid, tokenizer, trackers), watch, *callbacks], isolation, kernels)
+    hub = HubPush(cfg, lambda state: describe(cfg, trainer, data, figures(trainer)).manifest()) if cfg.hub_model_id and trainer.args.should_save else None
+    if hub: trainer.add_callback(hub)
     with watch,tracked(trackers):
         result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
         if cfg.load_best_model_at_end: trainer.load_best()
-        return save_run(cfg, trainer, data, result)
+        run = save_run(cfg, trainer, data, result)
+    if hub: hub.finish()
+    return run
+
+def train(
+    cfg:Config, # all options
+    callbacks=(), # more callbacks of transformers' kind
+    allow_drift:bool=False, # go on from a checkpoint though config or data have changed
+) -> Run: # what came of it
+    "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
+    with held(cfg.output_dir): return _train(cfg, callbacks, allow_drift)
 
 # %% ../nbs/33_train.ipynb #abd7c371
+def figures(
+    trainer:ForgeTrainer, # at some step
+) -> dict: # `loss`, `steps`, `tokens`, `seconds`
+    "What has come of a run so far"
+    done = trainer.state.global_step
+    return dict(loss=mean_of_log(trainer.state.log_history), steps=done, tokens=trainer.course.tokens_until(done), seconds=trainer.seconds)
+
+def describe(
+    cfg:Config, # all options
+    trainer:ForgeTrainer, # at some step
+    data:Prepared, # for the report
+    metrics:dict, # so far
+) -> Run: # as `run.json` has it
+    "What the run is made of, and what has come of it"
+    model,tokenizer = trainer.model,trainer.processing_class
+    made = dict(steps=trainer.course.steps, given=as_written(cfg), origins=origins(cfg), fingerprints=fingerprints(trainer.facts, model, tokenizer), hardware=hardware(trainer.args.world_size),
+        git=trainer.facts["git"], ask=how_to_ask(cfg, data.golden, tokenizer), embedding_rows=model.get_input_embeddings().weight.shape[0], **{k: trainer.facts[k] for k in ("steps_per_epoch","rows_per_step")})
+    return Run(cfg.output_dir, cfg.model_dump(mode="json"), metrics, asdict(report_of(data)), repr(trainer.course), trainer.state.log_history, model, tokenizer, made)
+
 def save_run(
     cfg:Config, # all options
     trainer:ForgeTrainer, # after training
     data:Prepared, # for the report
     result, # transformers' TrainOutput
 ) -> Run: # as written to `run.json`
-    "Write model or adapter, tokenizer, golden prompts, plot and manifest to `output_dir`"
+    "Write model or adapter, tokenizer, golden prompts, plot, manifest and card to `output_dir`"
     trainer.save_model()
     trainer.model.generation_config.save_pretrained(cfg.output_dir)
     done,course = trainer.state.global_step,trainer.course
     metrics = dict(loss=result.training_loss, steps=done, tokens=course.tokens_until(done), seconds=result.metrics["train_runtime"],
         packing_efficiency=course.efficiency, **(trainer.evaluate() if trainer.eval_loader else {}))
-    run = Run(cfg.output_dir, cfg.model_dump(mode="json"), metrics, asdict(report_of(data)), repr(course), trainer.state.log_history, trainer.model, trainer.processing_class)
+    run = describe(cfg, trainer, data, metrics)
     if trainer.args.should_save:
         write_text(Path(cfg.output_dir)/"golden_prompts.json", json.dumps(data.golden, ensure_ascii=False, indent=1))
         plot_history(run.history, Path(cfg.output_dir)/"loss.png", Path(cfg.output_dir).name)
         run.save()
+        write_card(Path(cfg.output_dir), model_card(run.manifest(), Path(cfg.output_dir)))
     return run
