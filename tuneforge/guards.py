@@ -23,17 +23,21 @@ class StepGuard(TrainerCallback, ExportableState):
     "Keeps what is no number from the weights; saves when it is asked to"
     def __init__(self,
         output_dir:str|Path=".", # of the run; where `SAVE` may be touched
-        patience:int=5, # steps in a row that may be skipped
-    ): self.ask,self.patience,self.total,self.in_a_row,self.skipped,self.taken,self.save = Path(output_dir)/SAVE,patience,0,0,0,0,False
+        patience:int=5, # steps in a row that may be skipped (`max_skipped_steps`)
+    ):
+        self.ask,self.patience,self.total,self.in_a_row,self.skipped,self.taken = Path(output_dir)/SAVE,patience,0,0,0,0
+        self.save,self.watched = False,[]
     def state(self): return dict(args={}, attributes={k: getattr(self, k) for k in ("total","in_a_row","skipped","taken")}) # kept in checkpoints
     def refuses(self,
         *figures, # losses and norm of a step on this rank
+        watch:tuple=(), # more figures, not negative, of which all ranks are to know the largest; -1 for what is no number
         device="cpu", # where ranks exchange
     ) -> bool: # the same on all ranks
         "Whether a step must not be taken: some figure of some rank is no number"
-        flags = torch.tensor([not all(math.isfinite(f) for f in figures), self.ask.is_file()], dtype=torch.int32, device=device)
+        flags = torch.tensor([not all(math.isfinite(f) for f in figures), self.ask.is_file(), *(w if math.isfinite(w) else -1. for w in watch)], device=device, dtype=torch.float32)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size()>1: dist.all_reduce(flags, dist.ReduceOp.MAX)
-        bad,self.save = map(bool, flags.tolist())
+        bad,self.save,*self.watched = flags.tolist()
+        bad,self.save = bool(bad),bool(self.save)
         self.total,self.in_a_row,self.skipped,self.taken = self.total+bad,(self.in_a_row+1)*bad,self.skipped+bad,self.taken+(not bad)
         return bad
 
@@ -64,7 +68,7 @@ class StallWatch(TrainerCallback):
     "Writes the stacks of all threads when no step ends for long; a context, so that the clock stops with the run"
     def __init__(self,
         output_dir:str|Path, # of the run
-        seconds:float=1800, # without the end of a step
+        seconds:float|None=1800, # without the end of a step; None: it does nothing
     ): self.path,self.seconds,self.file = Path(output_dir)/"stalled.txt",seconds,None
     def __enter__(self): return self
     def __exit__(self, *_):
@@ -73,13 +77,14 @@ class StallWatch(TrainerCallback):
         self.file.close()
         if not self.path.stat().st_size: self.path.unlink()
     def on_train_begin(self, args, state, control, **kwargs):
+        if self.seconds is None: return
         self.path = self.path.with_stem(f"stalled-{args.process_index}") if args.world_size>1 else self.path
         self.file = self.path.open("a")
         self.wind()
     def on_step_end(self, args, state, control, **kwargs): self.wind()
     def wind(self):
         "The clock begins anew"
-        faulthandler.dump_traceback_later(self.seconds, repeat=False, file=self.file)
+        if self.file is not None: faulthandler.dump_traceback_later(self.seconds, repeat=False, file=self.file)
 
 # %% ../nbs/31_guards.ipynb #ffdc8252
 class Profiled(TrainerCallback):

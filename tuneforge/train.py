@@ -38,6 +38,7 @@ from .pose import PoseCollator, check_pose
 from .precision import best_device, choose_precision
 from .schedules import LearningOptions
 from .sources import outline
+from .spikes import SpikeWatch
 from .stream import Stream, load_data, report_of
 from .tokens import IGNORE, load_tokenizer
 from .trackers import check_trackers, make_trackers, tracked
@@ -96,24 +97,33 @@ class GuardedTrainer(HookedTrainer):
     def __init__(self,
         *args, # of HookedTrainer
         guard:Guard, # what refuses steps
+        spikes:SpikeWatch, # what keeps a capsule of odd ones
         **kwargs, # of HookedTrainer
     ):
-        self.guard,self.losses,self.loss_before = guard,[],None
+        self.guard,self.spikes,self.losses,self.loss_before = guard,spikes,[],None
         super().__init__(*args, **kwargs)
         self.add_callback(guard)
-    def training_step(self, *args, **kwargs):
+        self.add_callback(spikes)
+    def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.losses: self.loss_before = self._tr_loss.clone()
-        loss = super().training_step(*args, **kwargs)
+        self.spikes.see(inputs, num_items_in_batch, self.args.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.append(loss)
         return loss
     def _get_grad_norm(self, model, grad_norm=None): # all that is known before the optimizer's step
         norm = super()._get_grad_norm(model, grad_norm)
-        figures = [] if self.accelerator.scaler else [*torch.stack(self.losses).tolist(), float(norm)]
-        self.losses = []
-        if self.guard.refuses(*figures, device=self.args.device):
+        losses,scaled = torch.stack(self.losses).tolist(),self.accelerator.scaler
+        figures = dict(loss=sum(losses), grad_norm=float(norm))
+        refused = self.guard.refuses(*([] if scaled else [*losses, float(norm)]), watch=figures.values(), device=self.args.device)
+        if why := self.spikes.strikes(self.state.global_step+1, refused, *self.guard.watched): self.keep_capsule(why, figures)
+        self.losses,self.spikes.batches = [],[]
+        if refused:
             for p in model.parameters(): p.grad = None
             self._tr_loss.copy_(self.loss_before)
         return norm
+    def keep_capsule(self, why, figures):
+        self.spikes.keep(self.model, self.compute_loss_func, self.course, self.state.global_step+1, why, figures, self.args.process_index, self.args.world_size,
+            dict(versions=self.facts_now()["versions"]), all(h.frozen_stay for h in self.hooks))
     def log(self, logs, start_time=None): super().log(self.guard.figures(logs), start_time)
 
 # %% ../nbs/33_train.ipynb #0f0bf1db
@@ -266,7 +276,7 @@ def make_trainer(
     collator = collate(isolates(cfg) or flat, cfg.sequence_len)
     trainer = ForgeTrainer(model, args, data, course, cfg, PoseCollator(collator, cfg, cfg.seed) if cfg.use_pose else collator, eval_loader,
         head_loss(model, cfg) or causal_loss, processing_class=tokenizer,
-        facts=run_facts(cfg, data, course), keep=cfg.save_total_limit, save_first=cfg.save_first_step, guard=Guard(cfg.output_dir),
+        facts=run_facts(cfg, data, course), keep=cfg.save_total_limit, save_first=cfg.save_first_step, guard=Guard(cfg.output_dir, cfg.max_skipped_steps), spikes=SpikeWatch(cfg, tokenizer, data),
         callbacks=[LiveProgress(course.tokens_until), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
     if cfg.profiler_steps: trainer.add_callback(Profiled(cfg.output_dir, cfg.profiler_steps, cfg.profiler_steps_start))
@@ -311,7 +321,7 @@ def train(
     if data.stream: hooks.append(StreamKeeper(data.stream, allow_drift))
     show_trainable(Trainable(model, hooks))
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *train_entries(cfg)) for t in o.eot_tokens or []])
-    trackers,watch = make_trackers(cfg),StallWatch(cfg.output_dir)
+    trackers,watch = make_trackers(cfg),StallWatch(cfg.output_dir, cfg.stall_seconds)
     trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, watch, *callbacks], isolation, kernels)
     with watch,tracked(trackers):
         result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
