@@ -131,10 +131,10 @@ def sample_places(
 # %% ../nbs/32_spikes.ipynb #4c0cbea8
 def random_states(
     device="cpu", # where the model is
-) -> dict: # of torch, its device, numpy and Python
-    "The random states of this process"
+) -> dict: # of torch, its device, and Python
+    "The random states of this process that a forward pass may draw from"
     there = dict(cuda=torch.cuda.get_rng_state(device)) if torch.device(device).type=="cuda" else {}
-    return dict(torch=torch.get_rng_state(), numpy=np.random.get_state(), python=random.getstate()) | there
+    return dict(torch=torch.get_rng_state(), python=random.getstate()) | there
 
 def set_random_states(
     states:dict, # of `random_states`
@@ -142,19 +142,17 @@ def set_random_states(
 ):
     "Go back to random states"
     torch.set_rng_state(states["torch"])
-    np.random.set_state(states["numpy"])
     random.setstate(states["python"])
     if "cuda" in states and torch.device(device).type=="cuda": torch.cuda.set_rng_state(states["cuda"], device)
 
 def _packed_states(s): # as tensors
-    (_,keys,*n),(version,words,gauss) = s["numpy"],s["python"]
-    return {f"random.{k}": v for k,v in s.items() if k in ("torch","cuda")} | {"random.numpy": torch.tensor([*keys.tolist(), *n[:2]]), "random.numpy_gauss": torch.tensor(n[2], dtype=torch.float64),
-        "random.python": torch.tensor([version, *words]), "random.python_gauss": torch.tensor(math.nan if gauss is None else gauss, dtype=torch.float64)}
+    version,words,gauss = s["python"]
+    python = {"random.python": torch.tensor([version, *words]), "random.python_gauss": torch.tensor(math.nan if gauss is None else gauss, dtype=torch.float64)}
+    return {f"random.{k}": v for k,v in s.items() if k!="python"} | python
 
 def _unpacked_states(t):
-    numpy,(version,*words),gauss = t["random.numpy"].tolist(),t["random.python"].tolist(),t["random.python_gauss"].item()
-    states = dict(numpy=("MT19937", np.array(numpy[:624], np.uint32), *numpy[624:], t["random.numpy_gauss"].item()), python=(version, tuple(words), None if math.isnan(gauss) else gauss))
-    return states | {k: t[f"random.{k}"] for k in ("torch","cuda") if f"random.{k}" in t}
+    (version,*words),gauss = t["random.python"].tolist(),t["random.python_gauss"].item()
+    return dict(python=(version, tuple(words), None if math.isnan(gauss) else gauss)) | {k: t[f"random.{k}"] for k in ("torch","cuda") if f"random.{k}" in t}
 
 # %% ../nbs/32_spikes.ipynb #4615c958
 WORST = 5 # samples whose text is kept
@@ -190,13 +188,19 @@ class Capsule:
         folder = Path(folder)
         if not (folder/"capsule.json").is_file(): raise UserError(f"{folder} is no capsule: there is no capsule.json. A run keeps them in `spikes/step-N` of its `output_dir`")
         return cls(json.loads((folder/"capsule.json").read_text(encoding="utf-8")), folder)
-    def tensors(self, rank): # of a rank: batches, random states, token losses
-        return load_file(self.folder/f"rank-{rank}.safetensors")
+    def of_rank(self,
+        rank:int, # whose part
+    ) -> tuple[list[dict],list[torch.Tensor],dict]: # (micro-batches, token losses of each, random states before the first)
+        "What a rank computed in this step"
+        t = load_file(self.folder/f"rank-{rank}.safetensors")
+        both = [{k.split(".", 1)[1]: v for k,v in t.items() if k.startswith(f"{m}.")} for m in range(self.facts["micro_batches"])]
+        each = [b.pop("token_losses") for b in both]
+        return both,each,_unpacked_states(t)
     @property
     def samples(self): return sorted(self.facts["samples"], key=hardness, reverse=True)
     def __repr__(self):
         f,n = self.facts,len(self.facts["samples"])
-        head = f"step {f['step']}: {f['why']}\nloss {float(f['loss']):.4g}, gradient norm {float(f['grad_norm']):.4g}; {n} samples on {f['world_size']} ranks"
+        head = f"step {f['step']}: {f['why']}\nloss {float(f['loss']):.4g}, gradient norm {float(f['grad_norm']):.4g}; {n} samples"+f" on {f['world_size']} ranks"*(f['world_size']>1)
         return "\n".join([head, *(f"{float(s['loss']):8.3f}  {s.get('place') or 'sample '+str(s['id'])}" for s in self.samples[:WORST])])
 
 # %% ../nbs/32_spikes.ipynb #a04fa9a6
@@ -317,7 +321,9 @@ def measure(
     was,device,training = random_states(model.device),model.device,model.training
     set_random_states(states, device)
     try: return [token_losses(model.train(), b, loss) for b in batches]
-    finally: set_random_states(was, device), model.train(training)
+    finally:
+        set_random_states(was, device)
+        model.train(training)
 
 def _of_rank(self, model, loss, course, step, rank):
     "(its samples, its worst with text, its tensors)"
@@ -388,7 +394,7 @@ def _seal(self, part, target, model, step, why, ranks, facts, others_stay):
         if target.exists(): shutil.rmtree(target) # of an earlier try at this step
         part.rename(target)
     except OSError as e: return f"{type(e).__name__}: {e}"
-    log.warning(f"step {step}: {why}. Kept in {target}: `tuneforge replay {target}`")
+    if self.only is None: log.warning(f"step {step}: {why}. Kept in {target}: `tuneforge replay {target}`")
     return ""
 
 SpikeWatch.keep,SpikeWatch.seal = _keep,_seal

@@ -6,8 +6,8 @@ Docs: https://tuneforge.github.io/tuneforge/train.html.md"""
 
 # %% auto #0
 __all__ = ['total_steps', 'plan_run', 'causal_loss', 'HookedTrainer', 'GuardedTrainer', 'ForgeTrainer', 'mean_loss',
-           'training_arguments', 'stop_token_ids', 'flattens', 'prove_isolation', 'make_trainer', 'run_facts', 'train',
-           'save_run']
+           'training_arguments', 'stop_token_ids', 'flattens', 'prove_isolation', 'make_trainer', 'run_facts', 'set_up',
+           'train', 'save_run']
 
 # %% ../nbs/33_train.ipynb #4302daee
 import json,math,os
@@ -296,12 +296,13 @@ def run_facts(
         steps=course.steps, steps_per_epoch=course.steps_per_epoch, rows_per_step=course.rows_per_step)
 
 # %% ../nbs/33_train.ipynb #abd7c370
-def train(
+def set_up(
     cfg:Config, # all options
     callbacks=(), # more callbacks of transformers' kind
     allow_drift:bool=False, # go on from a checkpoint though config or data have changed
-) -> Run: # what came of it
-    "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
+    quiet:bool=False, # don't show what is trained
+) -> tuple: # (`ForgeTrainer`, `Prepared`, contexts of the run)
+    "Everything that a run needs, ready to begin. Raises `UserError` if it cannot work."
     optimizer_name(cfg) # better refused now than after the data are prepared
     check_trackers(cfg)
     config = model_config(cfg)
@@ -319,11 +320,21 @@ def train(
     if cfg.adapter: model = add_adapter(model, cfg, new)
     hooks = training_hooks(cfg, model)
     if data.stream: hooks.append(StreamKeeper(data.stream, allow_drift))
-    show_trainable(Trainable(model, hooks))
+    trainable = Trainable(model, hooks)
+    if not quiet: show_trainable(trainable)
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *train_entries(cfg)) for t in o.eot_tokens or []])
     trackers,watch = make_trackers(cfg),StallWatch(cfg.output_dir, cfg.stall_seconds)
     trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, watch, *callbacks], isolation, kernels)
-    with watch,tracked(trackers):
+    return trainer,data,(watch,tracked(trackers))
+
+def train(
+    cfg:Config, # all options
+    callbacks=(), # more callbacks of transformers' kind
+    allow_drift:bool=False, # go on from a checkpoint though config or data have changed
+) -> Run: # what came of it
+    "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
+    trainer,data,(watch,tracking) = set_up(cfg, callbacks, allow_drift)
+    with watch,tracking:
         result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
         return save_run(cfg, trainer, data, result)
 
