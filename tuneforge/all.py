@@ -56,6 +56,7 @@ from .callbacks import *
 from .guards import *
 from .checkpoint import *
 from .loaders import *
+from .spikes import SPIKES, Capsule, SpikeWatch, by_sample, measure, sample_places, spike_limit, token_losses
 from .trackers import *
 from .train import *
 
@@ -65,6 +66,7 @@ from .infer import *
 from .evaluate import *
 from .talk import *
 from .score import *
+from .replay import *
 from .quickstart import *
 
 __all__ = [_o for _o in dir() if not _o.startswith("_")]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from .checkpoint import checkpoints, damage, run_to_end
+from .checkpoint import checkpoints, damage, on_first_rank, run_to_end
 from .config import Config, UserError, load_config, log
 from .options import LoggingOptions
 from .spikes import SPIKES, WORST, Capsule, hardness, heat_text, measure
@@ -25,9 +25,10 @@ from transformers import TrainerCallback
 def replay_config(
     capsule:Capsule, # of a run
     **changes, # keys that are different
-) -> Config: # what the user gave, without trackers
+) -> Config: # what the user gave, without what would tell others of it
     "The config of the run"
-    return load_config({k: v for k,v in capsule.facts["config"].items() if k not in LoggingOptions.model_fields} | changes)
+    told = {*LoggingOptions.model_fields,"hub_model_id","hub_strategy","hub_revision","push_dataset_to_hub","debug","profiler_steps","profiler_steps_start"}
+    return load_config({k: v for k,v in capsule.facts["config"].items() if k not in told} | changes)
 
 def put_weights(
     model, # as it was loaded
@@ -43,7 +44,7 @@ def from_weights(
     capsule:Capsule, # with weights
 ) -> list[list[torch.Tensor]]: # of each rank, of each micro-batch: the losses of tokens
     "Compute a step again with the weights of its capsule"
-    trainer,*_ = set_up(replay_config(capsule))
+    trainer,*_ = set_up(replay_config(capsule), quiet=True)
     trainer._prepare_for_training(trainer.args.max_steps, None, None) # precision and compilation, as in the run
     put_weights(trainer.model, capsule.folder/"weights.safetensors")
     if hasattr(trainer.optimizer, "train"): trainer.optimizer.train()
@@ -75,15 +76,16 @@ def from_checkpoint(
     step,folder = capsule.facts["step"],capsule.folder/"again"
     start = checkpoint_before(capsule.folder.parents[1], step)
     log.info(f"step {step} is computed again from {start or 'the start of the run'}")
-    trainer,*_ = set_up(replay_config(capsule, output_dir=str(folder), resume="never"))
-    if (n := trainer.args.world_size)!=(ranks := capsule.facts["world_size"]): raise UserError(f"{capsule.folder} has no weights ({capsule.facts['why_no_weights']}), so its run is repeated, and that had {ranks} ranks, not {n}: torchrun --nproc-per-node {ranks} -m tuneforge.cli replay {capsule.folder}")
+    on_first_rank(lambda: shutil.rmtree(folder, ignore_errors=True))
+    trainer,*_ = set_up(replay_config(capsule, output_dir=str(folder), resume="never"), quiet=True)
+    if (n := trainer.args.world_size)!=(ranks := capsule.facts["world_size"]): raise UserError(f"{capsule.folder} has no weights ({capsule.facts['why_no_weights']}), so its run is repeated, and that had {ranks} ranks, not {n}: start the command with torchrun on {ranks} ranks")
     trainer.spikes.only = step
     trainer.add_callback(StopAfter(step))
     run_to_end(trainer, start and str(start))
-    new = Capsule.load(folder/SPIKES/f"step-{step}")
-    res = [new.of_rank(r)[1] for r in range(ranks)]
-    if trainer.args.should_save: shutil.rmtree(folder)
-    return res
+    def read():
+        new = Capsule.load(folder/SPIKES/f"step-{step}")
+        return [new.of_rank(r)[1] for r in range(ranks)],shutil.rmtree(folder)
+    return on_first_rank(read)[0]
 
 # %% ../nbs/58_replay.ipynb #cd968268
 @dataclass

@@ -25,7 +25,7 @@ from .checkpoint import ResumableTrainer, Run, data_facts, on_first_rank, plan_f
 from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserError, log
 from .dataset import Prepared, train_entries
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval, isolates, packs
-from .guards import Guard, Profiled, StallWatch
+from .guards import Guard, Profiled, StallWatch, fused, stop_at_bad_gradients
 from .inspect import show_samples
 from .kernels import FreeMemory, kernel_arguments
 from .losses import head_loss, within
@@ -150,6 +150,7 @@ class ForgeTrainer(GuardedTrainer):
         return StreamLoader(self.course, *where) if isinstance(self.course, Stream) else PlanLoader(self.train_dataset, self.course.plans, *where)
     def create_optimizer(self, model=None):
         if self.optimizer is not None: return self.optimizer
+        if fused(self.opts.optimizer): stop_at_bad_gradients(self.model, self.opts.optimizer) # before its own hooks
         self.optimizer = make_optimizer(self.model if model is None else model, self.opts, self.args.max_steps)
         for h in self.hooks: h.optimizer_made(self.optimizer)
         return self.optimizer
