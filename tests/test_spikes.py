@@ -1,5 +1,5 @@
 "A step that went wrong is kept, says truly what was in it, and comes out again"
-import json, math
+import json, math, time
 from pathlib import Path
 import numpy as np
 import pytest, torch
@@ -219,3 +219,98 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="is no capsule"): replay(tmp_path)
     came = tuneforge("replay", tmp_path)
     assert came.returncode==2 and "is no capsule" in came.stderr
+
+
+# ---- two ranks
+
+def test_two_ranks(data, tmp_path):
+    "A gradient that is no number on one rank only reaches neither's weights; the capsule has the samples of both, and one process computes both again"
+    base = json.loads(config(data, tmp_path/"x", **LORA, max_steps=6).model_dump_json(exclude_unset=True))
+    (tmp_path/"c.yml").write_text(json.dumps(base))
+    phase = lambda name, **kw: dict(config=str(tmp_path/"c.yml"), ranks=2, overrides=["--output-dir", str(tmp_path/name)]) | kw
+    bad, skipped, never = forks([phase("bad", nan=[1, 4]), phase("skipped", skip=4), phase("never")], tmp_path, 29680)
+    assert bad["codes"]==skipped["codes"]==never["codes"]==[0, 0], bad["said"][-2000:]
+    a, b, c = (load_file(tmp_path/n/"adapter_model.safetensors") for n in ("bad", "skipped", "never"))
+    assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+    before, after = ([l.split()[1:] for l in bad["said"].splitlines() if l.startswith(w)] for w in ("BEFORE", "AFTER"))
+    assert len(before)==len(after)==2 and len({h for _, h in before+after})==1, "both ranks, before and after the step, bit by bit"
+    capsule = Capsule.load(tmp_path/"bad"/"spikes"/"step-4")
+    assert {s["rank"] for s in capsule.samples}=={0, 1} and len({s["id"] for s in capsule.samples})==len(capsule.samples)==8 and capsule.facts["world_size"]==2
+    assert capsule.facts["trained_tokens"]==sum(s["trained"] for s in capsule.samples)
+    assert replay(capsule.folder).exact
+    with pytest.raises(UserError, match="that had 2 ranks, not 1"): replay(capsule.folder, weights=False)
+
+
+# ---- optimizers that step in the backward pass
+
+@pytest.mark.parametrize("kw", [dict(optimizer="lomo"), dict(optimizer="galore_adamw_layerwise", optim_target_modules=["attn", "mlp"])], ids=["lomo", "galore"])
+def test_fused_optimizers_stop_before_the_weight(data, tmp_path, kw):
+    "A gradient that is no number ends the run; no weight is touched by it, and nothing is saved"
+    if kw["optimizer"].startswith("galore"): pytest.importorskip("galore_torch")
+    else: pytest.importorskip("lomo_optim")
+    seen = {}
+    class Keep(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs): seen["model"] = model
+    cfg = config(data, tmp_path/"out", gradient_accumulation_steps=1, learning_rate=1e-3, **kw)
+    with pytest.raises(UserError, match="steps in the backward pass"): train(cfg, [Keep(), Break(3)])
+    bad = [n for n, p in seen["model"].named_parameters() if not p.isfinite().all()]
+    assert bad in (["lm_head.weight"], ["model.embed_tokens.weight"]), "only what the test broke"
+    assert not (tmp_path/"out"/"model.safetensors").exists()
+    train(config(data, tmp_path/"fine", gradient_accumulation_steps=1, learning_rate=1e-3, max_steps=3, **kw))
+
+
+# ---- options
+
+def test_how_many_steps_may_be_left_out(data, tmp_path):
+    with pytest.raises(UserError, match="2 steps in a row, up to 4"): train(config(data, tmp_path, max_skipped_steps=2), [Poison({3, 4, 5, 6}, math.nan)])
+
+
+class Sleep(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step==1: time.sleep(1)
+
+
+def test_when_stacks_are_written(data, tmp_path):
+    for name, seconds in (("a", 0.3), ("b", None)): train(config(data, tmp_path/name, max_steps=2, stall_seconds=seconds), [Sleep()])
+    assert "on_step_begin" in (tmp_path/"a"/"stalled.txt").read_text() and not (tmp_path/"b"/"stalled.txt").exists()
+
+
+# ---- the hardest rows
+
+def test_the_hardest_rows_by_brute_force(data, tmp_path):
+    "Row by row, by the model's own loss; with file and line, on the command line, too"
+    cfg = config(data, tmp_path/"out", max_steps=30, val_set_size=0.2)
+    model = train(cfg).model.eval()
+    tok = load_tokenizer(cfg)
+    prepared = prepare_data(cfg, tok)
+    for split, ds in (("train", prepared.train), ("valid", prepared.valid)):
+        want = []
+        for r in ds:
+            with torch.no_grad(): want.append(model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]])).loss.item())
+        hard = hardest(model, tok, prepared, cfg, 7, split, 4)
+        assert [s["id"] for s in hard.rows]==np.argsort(-np.array(want), kind="stable")[:7].tolist()
+        assert [s["loss"] for s in hard.rows]==pytest.approx(sorted(want, reverse=True)[:7], rel=1e-4)
+        for s in hard.rows:
+            file, line = s["place"].rsplit(":", 1)
+            assert json.loads(Path(file).read_text().splitlines()[int(line)-1])["output"] in s["text"]
+        if split=="train": assert hard.rows[0]["place"].endswith("b.jsonl:16")
+    scores = evaluate(cfg, 2, train_rows=5, rank=3)
+    assert [h.split for h in scores.hardest]==["valid", "train"] and "b.jsonl:16" in repr(scores)
+    kept = json.loads((tmp_path/"out"/"hardest.json").read_text())
+    assert [len(k["rows"]) for k in kept]==[3, 3] and kept[1]["rows"][0]["place"].endswith("b.jsonl:16")
+    with pytest.raises(UserError, match="no rows to rank"): evaluate(cfg.replace(val_set_size=0, do_bench_eval=True, bench_dataset=str(write_jsonl(tmp_path/"q.jsonl", [dict(question="?", choices=["a", "b"], answer=0)]))), rank=3)
+
+
+def test_pieces_of_long_rows_and_several_files(tmp_path):
+    "Rows cut into samples, two files in an entry, weights: each sample's row holds its text"
+    village = Village()
+    for n in "ab": write_jsonl(tmp_path/f"{n}.jsonl", [dict(text=" ".join(r["text"] for r in village.texts(2))+f" {n}{i}") for i in range(4)])
+    cfg = load_config(dict(base_model="tiny:llama", datasets=[dict(path=str(tmp_path/"a.jsonl"), type="completion", weight=2), dict(path=str(tmp_path/"b.jsonl"), type="completion", weight=1)], excess_length_strategy="split",
+        sequence_len=64, dataset_prepared_path=str(tmp_path/"prepared"), learning_rate=1e-3, output_dir=str(tmp_path/"out")))
+    tok = load_tokenizer(cfg)
+    prepared = prepare_data(cfg, tok)
+    found = sample_places(prepared, cfg, list(range(len(prepared.train))))
+    assert len(found)>20 and {Path(f["dataset"]).name for f in found}=={"a.jsonl", "b.jsonl"}
+    for f, r in zip(found, prepared.train):
+        file, line = f["place"].rsplit(":", 1)
+        assert tok.decode(r["input_ids"], skip_special_tokens=True).strip() in json.loads(Path(file).read_text().splitlines()[int(line)-1])["text"]

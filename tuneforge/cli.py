@@ -89,6 +89,7 @@ def evaluate(
     max_answers:int=200, # rows of each data set to answer; the loss is taken over all
     train_rows:int=0, # rows of each data set that was trained, to score as well
     compare:bool=False, # score the base, too: before and after
+    rank:int=0, # show so many of the rows with the highest loss; of the trained ones, too, with `--train-rows`
     harness:str=None, # tasks of lm-evaluation-harness, separated by commas
     harness_path:str=None, # folder with tasks of your own
     harness_limit:int=None, # questions of each task
@@ -97,7 +98,7 @@ def evaluate(
     from rich.console import Console
     from tuneforge.all import evaluate as run
     if harness_path and not harness: raise UserError("--harness-path needs --harness TASKS")
-    scores = run(cfg, max_answers, train_rows, compare, dict(tasks=harness.split(","), folder=harness_path, limit=harness_limit) if harness else None)
+    scores = run(cfg, max_answers, train_rows, compare, dict(tasks=harness.split(","), folder=harness_path, limit=harness_limit) if harness else None, rank)
     if sys.stdout.isatty(): Console().print(scores)
     else: print(scores)
 

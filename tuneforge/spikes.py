@@ -6,8 +6,8 @@ Docs: https://tuneforge.github.io/tuneforge/spikes.html.md"""
 
 # %% auto #0
 __all__ = ['WORST', 'SPIKES', 'spike_limit', 'token_losses', 'step_samples', 'spans', 'by_sample', 'sample_rows', 'sample_places',
-           'random_states', 'set_random_states', 'hardness', 'Capsule', 'heat_text', 'heat_html', 'loss_table',
-           'SpikeWatch', 'measure', 'trained_weights']
+           'random_states', 'set_random_states', 'with_text', 'hardness', 'Capsule', 'heat_text', 'heat_html',
+           'loss_table', 'SpikeWatch', 'measure', 'trained_weights']
 
 # %% ../nbs/32_spikes.ipynb #3ea4b7fb
 import json,math,random,shutil
@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from .config import Config, UserError, log
 from .dataset import Prepared, expand_entries, with_defaults
+from .derive import streams
 from .inspect import token_text
 from .losses import HeadLoss
 from .options import DataOptions, EvalOptions, parse_size
@@ -119,6 +120,7 @@ def sample_places(
 ) -> list[dict]: # `dataset`, `data_row` (from 1), `place` (`file:line`); of a stream, nothing
     "Where samples are from. A file that is not there any more is no error: only its line stays unknown."
     if data.path is None or not ids: return [{} for _ in ids]
+    if streams(opts): opts,split = opts.model_copy(update=dict(datasets=opts.test_datasets, test_datasets=None)),"train" # what a stream is evaluated on is prepared by itself
     entries,found = expand_entries(opts.datasets)+expand_entries(opts.test_datasets or []),sample_rows(data, ids, split)
     places = {}
     for k in {k for k,_ in found}:
@@ -160,7 +162,12 @@ SPIKES = "spikes" # folder in `output_dir`
 
 def _plain(x): return x if math.isfinite(x) else str(x) # JSON knows no NaN
 
-def _text(sample, batch, each, tokenizer):
+def with_text(
+    sample:dict, # of `by_sample`
+    batch:dict, # that it lies in
+    each:torch.Tensor, # (rows, length), of `token_losses`
+    tokenizer, # transformers tokenizer
+) -> dict: # with `text`, `pieces` (the text of each token) and `losses`
     "A sample with its text, and the loss of each token"
     cut = slice(sample["start"], sample["end"])
     ids = batch["input_ids"][sample["row"],cut].tolist()
@@ -334,7 +341,7 @@ def _of_rank(self, model, loss, course, step, rank):
         worst += [(s, b, e) for s in new]
     places = sample_places(self.data, self.cfg, [s["id"] for s in samples])
     for s,p in zip(samples, places): s |= p
-    top = [_text(s, b, e, self.tokenizer) for s,b,e in sorted(worst, key=lambda o: hardness(o[0]), reverse=True)[:WORST]]
+    top = [with_text(s, b, e, self.tokenizer) for s,b,e in sorted(worst, key=lambda o: hardness(o[0]), reverse=True)[:WORST]]
     tensors = {f"{m}.{k}": v.cpu().contiguous() for m,(b,e) in enumerate(zip(self.batches, each)) for k,v in (b | dict(token_losses=e)).items()}
     return samples,top,tensors | _packed_states(self.random)
 
