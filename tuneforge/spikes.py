@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
+from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from .config import Config, UserError, log
 from .dataset import Prepared, expand_entries, with_defaults
@@ -156,7 +157,7 @@ def _unpacked_states(t):
     (version,*words),gauss = t["random.python"].tolist(),t["random.python_gauss"].item()
     return dict(python=(version, tuple(words), None if math.isnan(gauss) else gauss)) | {k: t[f"random.{k}"] for k in ("torch","cuda") if f"random.{k}" in t}
 
-# %% ../nbs/32_spikes.ipynb #4615c958
+# %% ../nbs/32_spikes.ipynb #3215a001
 WORST = 5 # samples whose text is kept
 SPIKES = "spikes" # folder in `output_dir`
 
@@ -181,6 +182,7 @@ def hardness(
     "What is no number is worse than any number"
     return float(sample["loss"]) if math.isfinite(float(sample["loss"])) else math.inf
 
+# %% ../nbs/32_spikes.ipynb #3215a002
 @dataclass
 class Capsule:
     "A step that was kept"
@@ -298,7 +300,8 @@ class SpikeWatch(TrainerCallback, ExportableState):
         return f"{name} {x:.4g} is over {limit:.4g}, its median being {median(recent):.4g}" if x>limit else ""
 
 # %% ../nbs/32_spikes.ipynb #36c0dcab
-def _strikes(self,
+@patch
+def strikes(self:SpikeWatch,
     step:int, # number of this step, from 1
     refused:bool, # whether its figures are no numbers
     loss:float, # of the rank where it is largest
@@ -315,8 +318,6 @@ def _strikes(self,
     self.written += 1
     return why
 
-SpikeWatch.strikes = _strikes
-
 # %% ../nbs/32_spikes.ipynb #7970f17b
 def measure(
     model, # in training, with the weights before the step
@@ -332,7 +333,8 @@ def measure(
         set_random_states(was, device)
         model.train(training)
 
-def _of_rank(self, model, loss, course, step, rank):
+@patch
+def _of_rank(self:SpikeWatch, model, loss, course, step, rank):
     "(its samples, its worst with text, its tensors)"
     each,samples,worst = measure(model, self.batches, self.random, loss),[],[]
     for m,(b,e,rows) in enumerate(zip(self.batches, each, step_samples(course, step-1, rank))):
@@ -345,9 +347,7 @@ def _of_rank(self, model, loss, course, step, rank):
     tensors = {f"{m}.{k}": v.cpu().contiguous() for m,(b,e) in enumerate(zip(self.batches, each)) for k,v in (b | dict(token_losses=e)).items()}
     return samples,top,tensors | _packed_states(self.random)
 
-SpikeWatch.of_rank = _of_rank
-
-# %% ../nbs/32_spikes.ipynb #38ccd9d7
+# %% ../nbs/32_spikes.ipynb #3215a003
 def trained_weights(
     model, # in training
     limit:int, # bytes
@@ -360,7 +360,9 @@ def trained_weights(
     if size>limit: return {},f"they have {size/1e6:,.1f} MB, over `spike_weights`"
     return {n: p.cpu().contiguous() for n,p in found.items()},""
 
-def _keep(self,
+# %% ../nbs/32_spikes.ipynb #3215a006
+@patch
+def keep(self:SpikeWatch,
     model, # without wrappers
     loss, # of the trainer
     course, # the plan of the run
@@ -377,16 +379,18 @@ def _keep(self,
     part,problem,samples,top = target.with_name(f".{target.name}.part"),"",[],[]
     try:
         part.mkdir(parents=True, exist_ok=True)
-        samples,top,tensors = self.of_rank(model, loss, course, step, rank)
+        samples,top,tensors = self._of_rank(model, loss, course, step, rank)
         save_file(tensors, part/f"rank-{rank}.safetensors")
     except (OSError, RuntimeError) as e: problem = f"{type(e).__name__}: {e}" # a full disk, or memory that does not do; the run goes on
     mine = [(samples, top, figures, problem)]
     ranks = mine if world_size==1 else gather_object(mine)
-    if not rank: problem = self.seal(part, target, model, step, why, ranks, facts, others_stay)
+    if not rank: problem = self._seal(part, target, model, step, why, ranks, facts, others_stay)
     if problem: log.warning(f"no capsule of step {step} was kept: {problem}")
     return None if problem else target
 
-def _seal(self, part, target, model, step, why, ranks, facts, others_stay):
+# %% ../nbs/32_spikes.ipynb #3215a007
+@patch
+def _seal(self:SpikeWatch, part, target, model, step, why, ranks, facts, others_stay):
     "The first rank's share: `capsule.json`, weights, and the name of the folder. Returns what went wrong."
     if problem := next((p for *_,p in ranks if p), ""): return problem
     weights,why_not = trained_weights(model, parse_size(self.cfg.spike_weights), others_stay)
@@ -403,5 +407,3 @@ def _seal(self, part, target, model, step, why, ranks, facts, others_stay):
     except OSError as e: return f"{type(e).__name__}: {e}"
     if self.only is None: log.warning(f"step {step}: {why}. Kept in {target}: `tuneforge replay {target}`")
     return ""
-
-SpikeWatch.keep,SpikeWatch.seal = _keep,_seal

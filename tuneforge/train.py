@@ -150,7 +150,6 @@ class ForgeTrainer(GuardedTrainer):
         return StreamLoader(self.course, *where) if isinstance(self.course, Stream) else PlanLoader(self.train_dataset, self.course.plans, *where)
     def create_optimizer(self, model=None):
         if self.optimizer is not None: return self.optimizer
-        if fused(self.opts.optimizer): stop_at_bad_gradients(self.model, self.opts.optimizer) # before its own hooks
         self.optimizer = make_optimizer(self.model if model is None else model, self.opts, self.args.max_steps)
         for h in self.hooks: h.optimizer_made(self.optimizer)
         return self.optimizer
@@ -275,6 +274,7 @@ def make_trainer(
         plan = plan_evaluation(sample_lengths(data.valid), cfg, eval_length(cfg), world)
         eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity), eval_length(cfg)), rank)
     collator = collate(isolates(cfg) or flat, cfg.sequence_len)
+    if fused(cfg.optimizer): stop_at_bad_gradients(model, cfg.optimizer)
     trainer = ForgeTrainer(model, args, data, course, cfg, PoseCollator(collator, cfg, cfg.seed) if cfg.use_pose else collator, eval_loader,
         head_loss(model, cfg) or causal_loss, processing_class=tokenizer,
         facts=run_facts(cfg, data, course), keep=cfg.save_total_limit, save_first=cfg.save_first_step, guard=Guard(cfg.output_dir, cfg.max_skipped_steps), spikes=SpikeWatch(cfg, tokenizer, data),
