@@ -16,7 +16,7 @@ from .infer import generate
 from .loaders import PlanLoader
 from .options import DataOptions
 from .packing import Collator, RunPlan, plan_epoch
-from .spikes import by_sample, hardness, heat_html, heat_text, loss_table, sample_places, spans, step_samples, token_losses, with_text
+from .spikes import by_sample, hardness, heat_html, heat_text, loss_table, sample_places, spans, step_samples, token_losses, trained_text, with_text
 from .tokens import IGNORE
 
 # %% ../nbs/52_evaluate.ipynb #6db0d6ee
@@ -91,7 +91,7 @@ class Hardest:
     of:int # rows of it
     def plain(self): return dict(split=self.split, of=self.of, rows=[{k: s.get(k) for k in ("loss","trained","tokens","dataset","data_row","place","text")} | dict(loss=s["loss"] if math.isfinite(s["loss"]) else str(s["loss"])) for s in self.rows]) # for JSON
     def title(self): return f"the {len(self.rows)} hardest of {self.of:,} rows ({self.split})"
-    def __repr__(self): return "\n".join([self.title(), *(f"{s['loss']:8.3f}  {s.get('place') or s['id']}  {' '.join(s['text'].split())[-60:]}" for s in self.rows)])
+    def __repr__(self): return "\n".join([self.title(), *(f"{s['loss']:8.3f}  {s.get('place') or s['id']}  {trained_text(s)}" for s in self.rows)])
 
 # %% ../nbs/52_evaluate.ipynb #ab10c003
 def _rich(self):

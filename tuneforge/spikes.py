@@ -7,7 +7,7 @@ Docs: https://tuneforge.github.io/tuneforge/spikes.html.md"""
 # %% auto #0
 __all__ = ['WORST', 'SPIKES', 'spike_limit', 'token_losses', 'step_samples', 'spans', 'by_sample', 'sample_rows', 'sample_places',
            'random_states', 'set_random_states', 'with_text', 'hardness', 'Capsule', 'heat_text', 'heat_html',
-           'loss_table', 'SpikeWatch', 'measure', 'trained_weights']
+           'trained_text', 'loss_table', 'SpikeWatch', 'measure', 'trained_weights']
 
 # %% ../nbs/32_spikes.ipynb #3ea4b7fb
 import json,math,random,shutil
@@ -221,15 +221,21 @@ def _top(sample): # a loss that is as red as can be
 
 def heat_text(
     sample:dict, # with `pieces` and `losses`
+    most:int=800, # tokens to show
 ): # -> rich.text.Text
     "The text of a sample for a terminal: trained tokens on red, as strong as their loss, the rest dim"
     from rich.text import Text
-    res,top = Text(),_top(sample)
-    for piece,loss in zip(sample["pieces"], sample["losses"]):
+    res,top,size = Text(),_top(sample),[-1. if l is None else float(l) if math.isfinite(float(l)) else math.inf for l in sample["losses"]]
+    a = max(0, size.index(max(size))-most//2) if len(size)>most else 0 # of a long one, what is around its worst token
+    if a: res.append("… ", "dim")
+    for piece,loss in zip(sample["pieces"][a:a+most], sample["losses"][a:a+most]):
         h = _heat(loss, top)
         res.append(piece, "dim" if loss is None else f"black on #ff{int(235-175*h):02x}{int(225-175*h):02x}")
-    worst = sorted((float(l), p) for l,p in zip(sample["losses"], sample["pieces"]) if l is not None)[:-6:-1]
-    return res.append("\nhighest: ", "bold").append(", ".join(f"{p!r} {l:.2f}" for l,p in worst))
+    if a+most<len(size): res.append(" …", "dim")
+    worst = {}
+    for p,l in zip(sample["pieces"], size):
+        if l>=0: worst[p] = max(worst.get(p, 0.), l)
+    return res.append("\nhighest: ", "bold").append(", ".join(f"{p!r} {worst[p]:.2f}" for p in sorted(worst, key=worst.get, reverse=True)[:5]))
 
 def heat_html(
     sample:dict, # with `pieces` and `losses`
@@ -243,16 +249,24 @@ def heat_html(
     return f"<div style='font-family:ui-monospace,monospace;white-space:pre-wrap;border:1px solid #d8dee4;border-radius:6px;padding:8px'>{''.join(map(chip, sample['pieces'], sample['losses']))}</div>"
 
 # %% ../nbs/32_spikes.ipynb #e0848f51
+def trained_text(
+    sample:dict, # with `pieces` and `losses`
+    most:int=60, # characters
+) -> str: # in one line
+    "The beginning of what is trained"
+    text = " ".join("".join(p for p,l in zip(sample["pieces"], sample["losses"]) if l is not None).split())
+    return text if len(text)<=most else text[:most-1]+"…"
+
 def loss_table(
-    samples:list[dict], # worst first: `loss`, `trained`, `place` or `id`, perhaps `text`
+    samples:list[dict], # worst first: `loss`, `trained`, `place` or `id`, `pieces`, `losses`
     title:str="", # over it
 ): # -> rich.table.Table
     "Samples with their loss"
     from rich.table import Table
     from rich.text import Text # square brackets are no colours
     t = Table(title=title or None, title_justify="left")
-    for head,kw in (("loss", dict(justify="right")), ("trained", dict(justify="right")), ("where", dict(overflow="fold", ratio=1)), ("text", dict(overflow="ellipsis", no_wrap=True, ratio=2))): t.add_column(head, **kw)
-    for s in samples: t.add_row(f"{float(s['loss']):.3f}", f"{s['trained']:,}", Text(s.get("place") or f"sample {s['id']}"), Text(" ".join(s.get("text", "").split())))
+    for head,kw in (("loss", dict(justify="right")), ("trained", dict(justify="right")), ("where", dict(overflow="fold")), ("trained text", dict(overflow="fold"))): t.add_column(head, **kw)
+    for s in samples: t.add_row(f"{float(s['loss']):.3f}", f"{s['trained']:,}", Text(s.get("place") or f"sample {s['id']}"), Text(trained_text(s)))
     return t
 
 def _rich(self):
