@@ -91,7 +91,7 @@ NEEDS = {
     "pretraining_dataset": "pretraining_sample_concatenation pretrain_multipack_buffer_size pretrain_multipack_attn", "streaming": "streaming_multipack_buffer_size", "torch_compile": "torch_compile_backend torch_compile_mode",
     "gradient_checkpointing": "gradient_checkpointing_kwargs activation_offloading", "chunked_cross_entropy": "chunked_cross_entropy_num_chunks", "flex_attention|attn_implementation=flex_attention": "flex_attn_compile_kwargs",
     "fsdp|fsdp_config": "fsdp_version fsdp_final_state_dict_type", "rl": "rl_beta rl_adapter_ref_model max_prompt_len", "rl=dpo,ipo": "dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs", "rl=dpo": "rpo_alpha", "rl=orpo": "orpo_alpha",
-    "rl=simpo": "simpo_gamma cpo_alpha", "rl=kto": "kto_desirable_weight kto_undesirable_weight", "loss_watchdog_threshold": "loss_watchdog_patience", "spike_threshold": "spike_window", "spike_capsules": "spike_threshold spike_window spike_weights", "load_best_model_at_end|early_stopping_patience|save_strategy=best": "metric_for_best_model",
+    "rl=simpo": "simpo_gamma cpo_alpha", "rl=kto": "kto_desirable_weight kto_undesirable_weight", "loss_watchdog_threshold": "loss_watchdog_patience", "load_best_model_at_end|early_stopping_patience|save_strategy=best": "metric_for_best_model",
     "metric_for_best_model": "greater_is_better", "do_causal_lm_eval": "eval_causal_lm_metrics", "do_bench_eval": "bench_dataset bench_split", "generate_samples": "num_generation_samples generation_max_new_tokens generation_temperature",
     "profiler_steps": "profiler_steps_start", "hub_model_id": "hub_strategy hub_revision", "wandb_project|use_wandb": "wandb_entity wandb_name wandb_run_id wandb_mode wandb_watch wandb_log_model",
     "mlflow_experiment_name|use_mlflow": "mlflow_tracking_uri mlflow_run_name hf_mlflow_log_artifacts", "comet_project_name|use_comet": "comet_api_key comet_workspace comet_experiment_key comet_mode comet_online comet_experiment_config",
@@ -351,6 +351,12 @@ def _whole_optimizers(cfg):
     if asks(cfg, "max_grad_norm"): yield "max_grad_norm", f"`max_grad_norm` has no effect with `optimizer: {o}`, which never has all gradients at once"
     for k in ("lr_groups","embedding_lr","embedding_lr_scale","loraplus_lr_ratio","weight_decay"):
         if o.endswith("lomo") and asks(cfg, k): yield k, f"`{k}` has no effect with `optimizer: {o}`: it treats all parameters alike"
+
+@rule
+def _spikes(cfg):
+    off = "spike_capsules: 0" if not cfg.spike_capsules else "spike_threshold: null" if cfg.spike_threshold is None else None
+    for k in ("spike_window",) if cfg.spike_capsules else ("spike_threshold","spike_window","spike_weights"):
+        if off and k in cfg.model_fields_set and getattr(cfg, k) is not None: yield k, f"`{k}` has no effect with `{off}`"
 
 @rule
 def _patterns_of_names(cfg):
