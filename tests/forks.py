@@ -1,9 +1,9 @@
 """Trainings as forks of one process that has everything imported: `python -m tests.forks spec.json`
 
-The spec is a list of phases, each a training with `config`, `overrides`, `ranks`, and what befalls it: `stop` (rank, step, moment, signals), `kill` (which call to the file system, or a torn file), `size` (largest file),
+The spec is a list of phases, each a training with `config`, `overrides`, `ranks`, and what befalls it: `stop` (rank, step, moment, signals), `nan` (rank, step), `skip` (step), `kill` (which call to the file system, or a torn file), `size` (largest file),
 `drop` (checkpoints removed first). One JSON line for each phase: exit codes (negative: killed by a signal), damage of each visible checkpoint, what was said.
 """
-import json, os, resource, shutil, signal, sys, time
+import hashlib, json, os, resource, shutil, signal, sys, time
 from pathlib import Path
 import torch
 from transformers import TrainerCallback
@@ -21,6 +21,29 @@ class Stop(TrainerCallback):
             for s in self.signums: os.kill(os.getpid(), s)
     def on_substep_end(self, args, state, control, **kw): self._at("substep", args, state)
     def on_step_end(self, args, state, control, **kw): self._at("step", args, state)
+
+
+class Nan(TrainerCallback):
+    "A gradient of one rank's is no number in some step; says before and after it what the weights are"
+    def __init__(self, rank, step): self.rank, self.step, self.now = rank, step, 0
+    def on_train_begin(self, args, state, control, model=None, **kw):
+        p = next(p for p in model.parameters() if p.requires_grad)
+        p.register_hook(lambda g: g*float("nan") if (args.process_index, self.now)==(self.rank, self.step) else g)
+    def _say(self, word, args, model):
+        h = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+        os.write(2, f"{word} {args.process_index} {h}\n".encode())
+    def on_step_begin(self, args, state, control, model=None, **kw):
+        self.now = state.global_step+1
+        if self.now==self.step: self._say("BEFORE", args, model)
+    def on_step_end(self, args, state, control, model=None, **kw):
+        if self.now==self.step: self._say("AFTER", args, model)
+
+
+class Skip(TrainerCallback):
+    "A step is left out by hand"
+    def __init__(self, step): self.step = step
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
+        if state.global_step+1==self.step: model.zero_grad(set_to_none=True)
 
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
@@ -69,7 +92,7 @@ def child(phase, rank, n, port, out):
     if "call" in kill: count = kill_at(kill["call"])
     if "torn" in kill: tear(*kill["torn"])
     try:
-        train(load_config(phase["config"], phase.get("overrides", [])), [Stop(*phase["stop"])] if "stop" in phase else [])
+        train(load_config(phase["config"], phase.get("overrides", [])), [kind(*phase[k]) if isinstance(phase[k], list) else kind(phase[k]) for k, kind in dict(stop=Stop, nan=Nan, skip=Skip).items() if k in phase])
         code = 0
     except SystemExit as e: code, _ = e.code, print(e, file=sys.stderr)
     except UserError as e: code, _ = 2, print(e, file=sys.stderr)

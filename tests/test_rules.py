@@ -60,6 +60,7 @@ def test_needs(condition):
 
 CHAT = dict(path="y", type="chat_template")
 CASES = { # rule -> (keys with which it fires, what it says, keys with which it doesn't)
+    "spikes": (dict(spike_threshold=None, spike_window=20), "`spike_window` has no effect with `spike_threshold: null`", dict(spike_threshold=3, spike_window=20)),
     "some_data": (dict(datasets=[]), "nothing to train on", {}),
     "streams_end": (dict(streaming=True), "needs `max_steps`", dict(streaming=True, max_steps=5)),
     "texts_are_joined_one_way": (dict(datasets=[], max_steps=5, pretraining_dataset=[dict(path="a")], pretraining_sample_concatenation=True, sample_packing=True), "give only one of", dict(datasets=[], max_steps=5, pretraining_dataset=[dict(path="a")], pretraining_sample_concatenation=True, pretrain_multipack_attn=False)),
@@ -110,6 +111,7 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
 }
 _LR = lambda **kw: dict(lr_scheduler_kwargs=kw)
 ALSO = [ # further branches of the same rules
+    (dict(spike_capsules=0, spike_weights="1MB"), "`spike_weights` has no effect with `spike_capsules: 0`"),
     (dict(optim_args=dict(weight_decay=1)), "has a key of its own: `weight_decay`"), (dict(optim_args="lr=1"), "`learning_rate`"), (dict(optimizer="lomo", gradient_accumulation_steps=2), "`gradient_accumulation_steps: 1`"),
     (dict(optimizer="adalomo", batch_size=4, micro_batch_size=2), "`gradient_accumulation_steps: 1`"), (dict(optimizer="lomo", max_grad_norm=1), "never has all gradients"), (dict(optimizer="lomo", weight_decay=0.1), "treats all parameters alike"),
     (dict(optimizer="galore_adamw", optim_target_modules=["*"]), "no regular expression"), (dict(lr_scheduler="constant") | _LR(power=2), "takes no arguments"), (dict(lr_scheduler="polynomial") | _LR(lr_end=1e-3), "is not under `learning_rate` 0.0001"),

@@ -60,6 +60,7 @@ from .guards import *
 from .checkpoint import *
 from .loaders import *
 from .share import *
+from .spikes import SPIKES, Capsule, SpikeWatch, by_sample, measure, sample_places, spike_limit, token_losses
 from .trackers import *
 from .train import *
 
@@ -72,6 +73,7 @@ from .infer import *
 from .evaluate import *
 from .talk import *
 from .score import *
+from .replay import *
 from .quickstart import *
 
 __all__ = [_o for _o in dir() if not _o.startswith("_")]

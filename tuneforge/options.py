@@ -665,6 +665,12 @@ class EvalOptions(Options):
     generation_prompt_ratio:float = _opt(0.5, "of rows that are trained from their first token on: what is given of them", gt=0, lt=1)
     loss_watchdog_threshold:float|None = _opt(None, "stop when the loss stays over this", gt=0)
     loss_watchdog_patience:int = _opt(3, "log lines over the threshold before the run is stopped", gt=0)
+    spike_threshold:float|None = _opt(10.0, "keep a capsule in `spikes/` of a step whose loss or gradient norm is over the median of the last steps by so many median deviations; null: only of one that is no number", gt=0)
+    spike_window:int = _opt(50, "these last steps; half of them must have been seen", ge=4)
+    spike_capsules:int = _opt(5, "capsules in a run, at most; 0: none", ge=0)
+    spike_weights:Size = _opt("100MB", "trained weights up to this size are kept in a capsule; for larger ones, `tuneforge replay` goes on from a checkpoint")
+    max_skipped_steps:int = _opt(5, "steps in a row that may be left out because their loss or gradient is no number", gt=0)
+    stall_seconds:float|None = _opt(1800.0, "seconds without the end of a step, after which the stacks of all threads are written to `stalled.txt`; null: never", gt=0)
     profiler_steps:int|None = _opt(None, "record time and memory of so many steps, operation by operation, in `profile.json`", gt=0)
     profiler_steps_start:int = _opt(0, "steps before recording begins", ge=0)
 

@@ -123,6 +123,7 @@ def find_layers(
 # %% ../nbs/24_partial.ipynb #61621e10
 class Lisa(TrainHook):
     "Trains a few layers at a time"
+    frozen_stay = False
     def __init__(self,
         model, # all of it trainable
         opts:PartialOptions, # `lisa_n_layers`, `lisa_step_interval`, `lisa_layers_attribute`

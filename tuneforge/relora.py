@@ -96,6 +96,7 @@ class Restart:
 # %% ../nbs/25_relora.ipynb #4c72a5f9
 class ReLora(KeepBase):
     "Merges the adapter and begins a new one, again and again"
+    frozen_stay = False
     def __init__(self,
         model, # with an adapter
         opts:PartialOptions, # `relora_*`

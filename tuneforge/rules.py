@@ -369,6 +369,12 @@ def _whole_optimizers(cfg):
         if o.endswith("lomo") and asks(cfg, k): yield k, f"`{k}` has no effect with `optimizer: {o}`: it treats all parameters alike"
 
 @rule
+def _spikes(cfg):
+    off = "spike_capsules: 0" if not cfg.spike_capsules else "spike_threshold: null" if cfg.spike_threshold is None else None
+    for k in ("spike_window",) if cfg.spike_capsules else ("spike_threshold","spike_window","spike_weights"):
+        if off and k in cfg.model_fields_set and getattr(cfg, k) is not None: yield k, f"`{k}` has no effect with `{off}`"
+
+@rule
 def _patterns_of_names(cfg):
     found = [(("lr_groups",i,"modules"), m) for i,g in enumerate(cfg.lr_groups or []) for m in g.modules]
     for path,m in found+[("optim_target_modules", m) for m in cfg.optim_target_modules or [] if isinstance(cfg.optim_target_modules, list)]:

@@ -19,7 +19,7 @@ from .checkpoint import write_text
 from .config import Config, DataOptions, DatasetOptions, EvalOptions, UserError, log
 from .dataset import prepare_data, sample_lengths, train_entries
 from .derive import streams
-from .evaluate import Answers, answer_all
+from .evaluate import Answers, answer_all, hardest
 from .infer import load_finetuned
 from .loaders import PlanLoader
 from .mixing import fingerprints
@@ -204,6 +204,7 @@ class Evaluation:
     "Scores by data set"
     rows:list # dicts: `model`, `split`, `dataset`, and scores
     output_dir:str=field(repr=False, default="") # where it is kept
+    hardest:list=field(repr=False, default_factory=list) # `Hardest` of each split, if asked for
     def table(self) -> tuple[list[str],list[list[str]]]: # (heads, lines)
         "As text"
         heads = list(dict.fromkeys(k for r in self.rows for k in r))
@@ -212,20 +213,22 @@ class Evaluation:
     def __repr__(self):
         heads,lines = self.table()
         wide = [max(len(o[i]) for o in [heads, *lines]) for i in range(len(heads))]
-        return "\n".join("  ".join(c.ljust(w) if i<3 else c.rjust(w) for i,(c,w) in enumerate(zip(o, wide))).rstrip() for o in [heads, *lines])
+        table = "\n".join("  ".join(c.ljust(w) if i<3 else c.rjust(w) for i,(c,w) in enumerate(zip(o, wide))).rstrip() for o in [heads, *lines])
+        return "\n\n".join([table, *map(repr, self.hardest)])
     def __rich__(self):
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text # square brackets are no colours
         heads,lines = self.table()
         t = Table()
         for i,h in enumerate(heads): t.add_column(h, justify="left" if i<3 else "right", overflow="fold")
         for o in lines: t.add_row(*map(Text, o))
-        return t
+        return Group(t, *self.hardest)
     def _repr_html_(self):
         from html import escape
         heads,lines = self.table()
         cells = lambda o,t: "<tr>"+"".join(f"<{t} style='text-align:{'left' if i<3 else 'right'}'>{escape(c)}</{t}>" for i,c in enumerate(o))+"</tr>"
-        return f"<table>{cells(heads, 'th')}{''.join(cells(o, 'td') for o in lines)}</table>"
+        return f"<table>{cells(heads, 'th')}{''.join(cells(o, 'td') for o in lines)}</table>"+"".join(h._repr_html_() for h in self.hardest)
 
 # %% ../nbs/57_score.ipynb #7bb0e7f3
 def _scores(cfg, model, tokenizer, ds, max_answers, answer):
@@ -272,6 +275,7 @@ def evaluate(
     train_rows:int=0, # rows of each data set that was trained, to score as well
     compare:bool=False, # score the base, too
     tasks:dict|None=None, # of the harness: `tasks`, `folder` with your own, `limit`
+    rank:int=0, # of the hardest rows, so many are shown; of the trained ones, too, with `train_rows`
 ) -> Evaluation: # the table
     "Evaluate the finetuned model. Raises `UserError` when there is nothing to evaluate on, or when it was trained on it."
     if not (cfg.val_set_size or cfg.test_datasets or cfg.do_bench_eval or tasks or train_rows): raise UserError("there is nothing to evaluate on: give `val_set_size` or `test_datasets`")
@@ -283,9 +287,13 @@ def evaluate(
     data = evaluation_data(cfg, tokenizer)
     if data is not None and data.valid is not None: check_unseen(cfg, data, tokenizer)
     rows = _of_model(cfg, "tuned", model, tokenizer, data, max_answers, train_rows, more)
+    splits = [s for s,on in (("valid", data is not None and data.valid is not None), ("train", train_rows)) if rank and on]
+    hard = [hardest(model, tokenizer, data, cfg, rank, s, cfg.eval_batch_size or cfg.micro_batch_size) for s in splits]
+    if rank and not hard: raise UserError("there are no rows to rank: give `val_set_size`, `test_datasets`, or `--train-rows`")
     if compare:
         del model
         rows = [r for pair in zip(_of_model(cfg, "base", load_finetuned(cfg, "base")[0], tokenizer, data, max_answers, train_rows, more), rows) for r in pair]
     write_text(Path(cfg.output_dir)/"evaluation.json", json.dumps(rows, indent=1))
     write_text(Path(cfg.output_dir)/"eval_summary.csv", _summary(rows))
-    return Evaluation(rows, cfg.output_dir)
+    if hard: write_text(Path(cfg.output_dir)/"hardest.json", json.dumps([h.plain() for h in hard], ensure_ascii=False, indent=1))
+    return Evaluation(rows, cfg.output_dir, hard)

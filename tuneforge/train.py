@@ -7,7 +7,7 @@ Docs: https://tuneforge.github.io/tuneforge/train.html.md"""
 # %% auto #0
 __all__ = ['total_steps', 'plan_run', 'causal_loss', 'HookedTrainer', 'GuardedTrainer', 'BestTrainer', 'ForgeTrainer',
            'mean_loss', 'training_arguments', 'stop_token_ids', 'flattens', 'prove_isolation', 'make_meter',
-           'make_trainer', 'samples', 'run_facts', 'train', 'figures', 'describe', 'save_run']
+           'make_trainer', 'samples', 'run_facts', 'set_up', 'train', 'figures', 'describe', 'save_run']
 
 # %% ../nbs/33_train.ipynb #4302daee
 import json,math,os
@@ -28,7 +28,7 @@ from .config import Config, ModelOptions, PackingOptions, TrainOptions, UserErro
 from .dataset import Prepared, train_entries
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval, isolates, packs, strategy
 from .folder import held
-from .guards import Guard, Profiled, StallWatch
+from .guards import Guard, Profiled, StallWatch, fused, stop_at_bad_gradients
 from .inspect import show_samples
 from .kernels import FreeMemory, kernel_arguments
 from .losses import head_loss, within
@@ -45,6 +45,7 @@ from .schedules import LearningOptions
 from .share import HubPush, check_hub
 from .sources import outline
 from .speed import Meter, flops_per_token, peak_flops
+from .spikes import SpikeWatch
 from .stream import Stream, load_data, report_of
 from .tokens import IGNORE, load_tokenizer
 from .trackers import check_trackers, make_trackers, tracked
@@ -103,25 +104,34 @@ class GuardedTrainer(HookedTrainer):
     def __init__(self,
         *args, # of HookedTrainer
         guard:Guard, # what refuses steps
+        spikes:SpikeWatch, # what keeps a capsule of odd ones
         meter:Meter|None=None, # speed and memory for the log; None: they are not in it
         **kwargs, # of HookedTrainer
     ):
-        self.guard,self.meter,self.losses,self.loss_before = guard,meter,[],None
+        self.guard,self.meter,self.spikes,self.losses,self.loss_before = guard,meter,spikes,[],None
         super().__init__(*args, **kwargs)
         self.add_callback(guard)
-    def training_step(self, *args, **kwargs):
+        self.add_callback(spikes)
+    def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.losses: self.loss_before = self._tr_loss.clone()
-        loss = super().training_step(*args, **kwargs)
+        self.spikes.see(inputs, num_items_in_batch, self.args.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.append(loss)
         return loss
     def _get_grad_norm(self, model, grad_norm=None): # all that is known before the optimizer's step
         norm = super()._get_grad_norm(model, grad_norm)
-        figures = [] if self.accelerator.scaler else [*torch.stack(self.losses).tolist(), float(norm)]
-        self.losses = []
-        if self.guard.refuses(*figures, device=self.args.device):
+        losses,scaled = torch.stack(self.losses).tolist(),self.accelerator.scaler
+        figures = dict(loss=sum(losses), grad_norm=float(norm))
+        refused = self.guard.refuses(*([] if scaled else [*losses, float(norm)]), watch=figures.values(), device=self.args.device)
+        if why := self.spikes.strikes(self.state.global_step+1, refused, *self.guard.watched): self.keep_capsule(why, figures)
+        self.losses,self.spikes.batches = [],[]
+        if refused:
             for p in model.parameters(): p.grad = None
             self._tr_loss.copy_(self.loss_before)
         return norm
+    def keep_capsule(self, why, figures):
+        self.spikes.keep(self.model, self.compute_loss_func, self.course, self.state.global_step+1, why, figures, self.args.process_index, self.args.world_size,
+            dict(versions=self.facts_now()["versions"]), all(h.frozen_stay for h in self.hooks))
     def log(self, logs, start_time=None):
         measured = self.meter.figures(self.state.global_step) if self.meter and "loss" in logs else {}
         super().log(self.guard.figures(logs) | measured, start_time)
@@ -313,10 +323,11 @@ def make_trainer(
         plan = plan_evaluation(sample_lengths(data.valid), cfg, eval_length(cfg), world)
         eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity), eval_length(cfg)), rank, **loading_arguments(cfg))
     collator,meter = collate(isolates(cfg) or flat, cfg.sequence_len),make_meter(model, course, args)
+    if fused(cfg.optimizer): stop_at_bad_gradients(model, cfg.optimizer)
     trainer = ForgeTrainer(model, args, data, course, cfg, PoseCollator(collator, cfg, cfg.seed) if cfg.use_pose else collator, eval_loader,
         head_loss(model, cfg) or causal_loss, loading_arguments(cfg), processing_class=tokenizer, keep_best=cfg.load_best_model_at_end or strategy(cfg, "save")=="best",
-        facts=run_facts(cfg, data, course), keep=cfg.save_total_limit, save_first=cfg.save_first_step, guard=Guard(cfg.output_dir),
-        meter=meter, callbacks=[LiveProgress(meter), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
+        facts=run_facts(cfg, data, course), keep=cfg.save_total_limit, save_first=cfg.save_first_step, guard=Guard(cfg.output_dir, cfg.max_skipped_steps), spikes=SpikeWatch(cfg, tokenizer, data), meter=meter,
+        callbacks=[LiveProgress(meter), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)
     if cfg.profiler_steps: trainer.add_callback(Profiled(cfg.output_dir, cfg.profiler_steps, cfg.profiler_steps_start))
     if cfg.gc_steps: trainer.add_callback(FreeMemory(cfg.gc_steps))
@@ -345,10 +356,15 @@ def run_facts(
         steps=course.steps, steps_per_epoch=course.steps_per_epoch, rows_per_step=course.rows_per_step)
 
 # %% ../nbs/33_train.ipynb #abd7c370
-def _train(cfg, callbacks, allow_drift):
+def set_up(
+    cfg:Config, # all options
+    callbacks=(), # more callbacks of transformers' kind
+    allow_drift:bool=False, # go on from a checkpoint though config or data have changed
+    quiet:bool=False, # don't show what is trained
+) -> tuple: # (`ForgeTrainer`, `Prepared`, contexts of the run)
+    "Everything that a run needs, ready to begin. Raises `UserError` if it cannot work."
     optimizer_name(cfg) # better refused now than after the data are prepared
     check_trackers(cfg)
-    check_hub(cfg)
     config = model_config(cfg)
     check_length(config, cfg.sequence_len)
     kernels = kernel_arguments(cfg, best_device(cfg), config.model_type) # as well
@@ -364,26 +380,31 @@ def _train(cfg, callbacks, allow_drift):
     if cfg.adapter: model = add_adapter(model, cfg, new)
     hooks = training_hooks(cfg, model)
     if data.stream: hooks.append(StreamKeeper(data.stream, allow_drift))
-    show_trainable(Trainable(model, hooks))
+    trainable = Trainable(model, hooks)
+    if not quiet: show_trainable(trainable)
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *train_entries(cfg)) for t in o.eot_tokens or []])
-    trackers,watch = make_trackers(cfg),StallWatch(cfg.output_dir)
+    trackers,watch = make_trackers(cfg),StallWatch(cfg.output_dir, cfg.stall_seconds)
     trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, *samples(cfg, data.valid, tokenizer, trackers), watch, *callbacks], isolation, kernels)
-    hub = HubPush(cfg, lambda state: describe(cfg, trainer, data, figures(trainer)).manifest()) if cfg.hub_model_id and trainer.args.should_save else None
-    if hub: trainer.add_callback(hub)
-    with watch,tracked(trackers):
-        result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
-        if cfg.load_best_model_at_end: trainer.load_best()
-        run = save_run(cfg, trainer, data, result)
-    if hub: hub.finish()
-    return run
+    return trainer,data,(watch,tracked(trackers))
 
+# %% ../nbs/33_train.ipynb #a0000905
 def train(
     cfg:Config, # all options
     callbacks=(), # more callbacks of transformers' kind
     allow_drift:bool=False, # go on from a checkpoint though config or data have changed
 ) -> Run: # what came of it
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
-    with held(cfg.output_dir): return _train(cfg, callbacks, allow_drift)
+    with held(cfg.output_dir):
+        check_hub(cfg)
+        trainer,data,(watch,tracking) = set_up(cfg, callbacks, allow_drift)
+        hub = HubPush(cfg, lambda state: describe(cfg, trainer, data, figures(trainer)).manifest()) if cfg.hub_model_id and trainer.args.should_save else None
+        if hub: trainer.add_callback(hub)
+        with watch,tracking:
+            result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
+            if cfg.load_best_model_at_end: trainer.load_best()
+            run = save_run(cfg, trainer, data, result)
+        if hub: hub.finish()
+        return run
 
 # %% ../nbs/33_train.ipynb #abd7c371
 def figures(

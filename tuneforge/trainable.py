@@ -32,6 +32,7 @@ def count_parameters(
 # %% ../nbs/23_trainable.ipynb #7848c4c8
 class TrainHook(TrainerCallback):
     "A callback that also has a say in what is optimised and what is saved"
+    frozen_stay = True # weights that are not trained stay as they were loaded
     def trained_rows(self) -> dict: # name of a parameter -> its trained rows, as ranges
         "Parameters of which only some rows are trained"
         return {}
