@@ -11,7 +11,7 @@ def peak(way):
     "MiB of this process, after one step"
     import torch
     from tuneforge.losses import LogitMath, loss_in_pieces
-    from tuneforge.train import causal_loss
+    from tuneforge.trainer import causal_loss
     torch.manual_seed(0)
     head, hidden, targets = torch.nn.Linear(WIDTH, VOCABULARY, bias=False), torch.randn(1, TOKENS+1, WIDTH, requires_grad=True), torch.randint(0, VOCABULARY, (1, TOKENS+1))
     if way=="whole": causal_loss(dict(logits=head(hidden)), targets).backward()

@@ -62,6 +62,7 @@ from .loaders import *
 from .share import *
 from .spikes import SPIKES, Capsule, SpikeWatch, by_sample, measure, sample_places, spike_limit, token_losses
 from .trackers import *
+from .trainer import *
 from .train import *
 
 # %% ../nbs/59_all.ipynb #d74b13f4

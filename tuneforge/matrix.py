@@ -23,7 +23,7 @@ from .infer import load_finetuned
 from .merge import merge, probe_logits
 from .models import load_model
 from .tokens import load_tokenizer
-from .train import causal_loss
+from .trainer import causal_loss
 
 # %% ../nbs/54_matrix.ipynb #253f5232
 FAMILIES = {"Llama": "llama", "Mistral": "mistral", "Mixtral (8x7B, 8x22B)": "mixtral", "Pythia": "gpt_neox", "Cerebras-GPT": "gpt2", "MPT": "mpt", "Falcon": "falcon", "GPT-J": "gptj",

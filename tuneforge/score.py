@@ -27,7 +27,7 @@ from .packing import Collator, plan_epoch
 from .stream import evaluation_data
 from .talk import read_rows
 from .tokens import IGNORE, bos_ids
-from .train import causal_loss
+from .trainer import causal_loss
 
 # %% ../nbs/57_score.ipynb #de66f613
 @torch.no_grad()
