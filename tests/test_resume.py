@@ -239,7 +239,7 @@ def test_the_number_of_ranks_may_change(data, tmp_path):
 
 def test_ranks_agree_when_to_stop(data, tmp_path):
     "A signal to one of two ranks, in accumulation, stops both after the same step; with dropout the run goes on exactly"
-    (tmp_path/"c.yml").write_text(json.dumps(settings(data, tmp_path/"out", max_steps=5, save_strategy="steps", save_steps=50, resume="auto")))
+    (tmp_path/"c.yml").write_text(json.dumps(settings(data, tmp_path/"out", max_steps=5, save_strategy="steps", save_steps=50, resume="auto", use_tensorboard=True, eval_table_size=2, eval_max_new_tokens=3)))
     phase = lambda name, **kw: dict(config=str(tmp_path/"c.yml"), ranks=2, overrides=["--output-dir", str(tmp_path/name)]) | kw
     whole, stop, on = forks([phase("whole"), phase("out", stop=[1, 2, "substep", signal.SIGTERM]), phase("out")], tmp_path, 29660)
     assert whole["codes"]==on["codes"]==[0, 0], on["said"]
@@ -249,3 +249,6 @@ def test_ranks_agree_when_to_stop(data, tmp_path):
         assert same(load(tmp_path/"whole"/f), load(tmp_path/"out"/f)), f
     history = lambda n: computed(json.loads((tmp_path/n/"run.json").read_text())["history"])
     assert history("whole")==history("out")
+    assert [len(list((tmp_path/n/"tensorboard").iterdir())) for n in ("whole", "out")]==[1, 2] # the first rank alone tells the tracker, once for each start
+    said = {n: [json.loads(l) for l in (tmp_path/n/"samples.jsonl").read_text().splitlines()] for n in ("whole", "out")}
+    assert said["whole"]==said["out"] and [r["step"] for r in said["whole"]]==[0, 0, 3, 3, 5, 5]

@@ -53,23 +53,24 @@ class LiveProgress(TrainerCallback):
         meter:Meter, # speed and memory
         title:str="Training", # before the bar
     ):
-        self.meter,self.title,self.said,self.losses,self.show = meter,title,{},[],None
+        self.meter,self.title,self.said,self.losses,self.curve,self.show = meter,title,{},[],[],None
         self.console = Console(stderr=not in_ipython()) # stderr keeps stdout for results; a page has no such need
     def on_train_begin(self, args, state, control, **kwargs):
         self.meter.begin(state.global_step)
-        self.losses = [h["loss"] for h in state.log_history if "loss" in h]
+        self.losses = [h["loss"] for h in state.log_history if "loss" in h][-200:]
         self.show = _display(self.console, self.title, state.max_steps)
         self.show.start(state.global_step)
-    def on_step_end(self, args, state, control, **kwargs): self.show.update(state.global_step, self._text(state.global_step), smooth(self.losses))
+    def on_step_end(self, args, state, control, **kwargs): self.show.update(state.global_step, self._text(state.global_step), self.curve)
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs = logs or {}
         self.said |= {k: v for k,v in logs.items() if k in ("loss","eval_loss","learning_rate","grad_norm")}
-        if "loss" in logs: self.losses.append(logs["loss"])
+        if "loss" in logs: self.losses = self.losses[-199:]+[logs["loss"]]
+        self.curve = smooth(self.losses)
         if self.show and {"loss","eval_loss"} & set(logs): self.show.line(state.global_step, self._text(state.global_step))
     def on_train_end(self, args, state, control, **kwargs): self.show.stop()
     def _text(self, step):
         said,now = {k: _number(v) for k,v in self.said.items()},self.meter.figures(step)
-        if "loss" in said: said["loss"] += f" (smoothed {_number(smooth(self.losses)[-1])})"
+        if "loss" in said: said["loss"] += f" (smoothed {_number(self.curve[-1])})"
         names = dict(loss="loss", eval_loss="eval", learning_rate="lr", grad_norm="grad norm")
         share = [f"{now['mfu']:.0%} MFU"] if "mfu" in now else []
         return "  ".join([f"{n} {said[k]}" for k,n in names.items() if k in said]+[f"{now['tokens_per_second']:,.0f} tok/s", *share, f"{now['memory_gib']:.1f} GiB"])
@@ -112,11 +113,14 @@ def curve(
 
 class _Cell:
     "Bar, figures and curve in a notebook, updated in place"
-    def __init__(self, console, title, total): self.title,self.total = title,total
+    def __init__(self, console, title, total): self.title,self.total,self.last = title,total,0.
     def start(self, step):
         from IPython.display import display
         self.handle = display(self._html(step, ""), display_id=True)
-    def update(self, step, text, losses=()): self.handle.update(self._html(step, text, losses))
+    def update(self, step, text, losses=()):
+        if step<self.total and time.monotonic()-self.last<0.25: return # a page need not hear of every step
+        self.last = time.monotonic()
+        self.handle.update(self._html(step, text, losses))
     def line(self, step, text): pass
     def stop(self): pass
     def _html(self, step, text, losses=()):

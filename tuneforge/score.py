@@ -35,12 +35,13 @@ def losses(
     model, # any causal model
     ds, # tokenised rows
     pad_id:int, # fills short rows
-    batch_size:int=8, # rows at a time
+    batch_size:int=8, # rows at a time, or fewer where their logits would take more than a GiB
 ) -> dict: # `loss`, `perplexity`, `token_accuracy`, `rows`, `tokens`
     "Score tokenised rows"
     lengths,was_training = sample_lengths(ds),model.training
     model.eval()
-    plan = plan_epoch(lengths, int(lengths.max()), batch_size, way="single", shuffle=False)
+    fit = 2**28//(int(lengths.max())*model.config.get_text_config().vocab_size) # a GiB of logits
+    plan = plan_epoch(lengths, int(lengths.max()), max(1, min(batch_size, fit)), way="single", shuffle=False)
     total,right,n = 0.,0,0
     for b in PlanLoader(ds, [plan], Collator(pad_id, packed=False)):
         b = {k: v.to(model.device) for k,v in b.items()}
