@@ -93,7 +93,7 @@ NOT_YET = _table(
 NOT_YET |= _table(
     packing=("auto_find_batch_size", "remove it, and choose a smaller `micro_batch_size` with more `gradient_accumulation_steps`"),
     adapters=("adapter=llama-adapter peft_adapter", "use `adapter: lora`, or train all weights"),
-    devices=("deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters dp_shard_size dp_replicate_size "
+    devices=("deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type dp_shard_size dp_replicate_size "
         "context_parallel_size tensor_parallel_size", "remove it: `torchrun` gives each device a copy of the model"),
     preferences=("rl max_prompt_len reward_model rl_beta rl_adapter_ref_model dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs orpo_alpha rpo_alpha simpo_gamma cpo_alpha "
         "kto_desirable_weight kto_undesirable_weight", "train on the chosen answers, without `rl`"))
@@ -736,10 +736,10 @@ class DistributedOptions(Options):
     fsdp_version:Literal[1,2]|None = _opt(None, "which FSDP")
     fsdp_final_state_dict_type:Literal["FULL_STATE_DICT","LOCAL_STATE_DICT","SHARDED_STATE_DICT"]|None = _opt(None, "form of the last checkpoint")
     ddp:bool|None = _opt(None, "one copy of the model on each device; found out by itself")
-    ddp_timeout:int|None = _opt(None, "seconds until a silent device is given up", gt=0)
-    ddp_bucket_cap_mb:int|None = _opt(None, "megabytes of gradients that are exchanged at once", gt=0)
-    ddp_broadcast_buffers:bool|None = _opt(None, "keep buffers in step")
-    ddp_find_unused_parameters:bool|None = _opt(None, "look for parameters without a gradient")
+    ddp_timeout:int|None = _opt(None, "seconds that processes wait for one that is silent, before all of them give up; blank: 1800", gt=0)
+    ddp_bucket_cap_mb:int|None = _opt(None, "megabytes of gradients that processes exchange at once; blank: 25", gt=0)
+    ddp_broadcast_buffers:bool|None = _opt(None, "send buffers of the model from the first process to the others before each forward pass")
+    ddp_find_unused_parameters:bool|None = _opt(None, "look after each forward pass for weights that get no gradient; for models that do not use all of them in every step")
     dp_shard_size:int|None = _opt(None, "devices that share one copy of the model", gt=0)
     dp_replicate_size:int|None = _opt(None, "copies of the model", gt=0)
     context_parallel_size:int|None = _opt(None, "devices that share one sequence", gt=0)

@@ -87,7 +87,7 @@ def training_arguments(
         logging_steps=cfg.logging_steps or max(1, min(10, round(steps*0.005))), logging_nan_inf_filter=False,
         save_strategy="steps" if save else "no", save_steps=save or 1, ignore_data_skip=True, save_only_model=cfg.save_only_model,
         eval_strategy="steps" if evals else "no", eval_steps=evals, metric_for_best_model=(cfg.metric_for_best_model or "eval_loss") if evals else None, greater_is_better=False,
-        accelerator_config=cfg.accelerator_config,
+        accelerator_config=cfg.accelerator_config, **{k: v for k,v in cfg if k.startswith("ddp_") and v is not None},
         bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=precision.tf32 if device!="cuda" or not cfg.torch_compile else bool(precision.tf32), # compiling would switch it on unasked
         use_cpu=device=="cpu", remove_unused_columns=False, **kernels)
 
