@@ -80,7 +80,7 @@ RUNS = dict(full={}, accumulated=dict(gradient_accumulation_steps=2, float32=Tru
     evaluated=dict(val_set_size=0.1, eval_steps=2, neftune_noise_alpha=5, optimizer="schedule_free_adamw", lr_scheduler="constant"), half=dict(bf16=True))
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow]*(n in ("rows_of_a_step", "half"))) for n in RUNS])
 def test_it_is_the_run_with_the_number_that_fits(data, tmp_path, name, caplog):
     "Bit for bit, dropout and noise and all; and, without them, to rounding the run that was asked for"
     kw = RUNS[name]
@@ -98,7 +98,7 @@ def test_it_is_the_run_with_the_number_that_fits(data, tmp_path, name, caplog):
 
 
 def test_the_steps_are_those_that_were_asked_for(data, tmp_path):
-    kw = dict(base_model="tiny:llama?num_hidden_layers=1", gradient_accumulation_steps=2, val_set_size=0.1, eval_batch_size=4)
+    kw = dict(base_model="tiny:llama?num_hidden_layers=1", gradient_accumulation_steps=2, val_set_size=0.1, eval_batch_size=2)
     asked = train(config(data, tmp_path/"asked", auto_find_batch_size=False, **kw))
     found = train(config(data, tmp_path/"found", **kw), [Small(2)])
     assert found.config["micro_batch_size"]==2 and found.metrics["tokens"]==asked.metrics["tokens"]
@@ -196,7 +196,9 @@ def test_ranks_agree(data, tmp_path):
     (came,) = forks([dict(config=str(tmp_path/"c.yml"), ranks=2, small=[1, 1])], tmp_path, 29720)
     assert came["codes"]==[0, 0], came["said"][-2000:]
     rows = {r: [int(l.split()[2]) for l in came["said"].splitlines() if l.startswith(f"ROWS {r} ")] for r in (0, 1)}
-    assert rows[1][:3]==[4, 2, 1] and [n for n in rows[0] if n>1]==[4, 4, 2, 2][:len([n for n in rows[0] if n>1])] and came["said"].count("rows at a time do not fit")==1
+    assert rows[1][:3]==[4, 2, 1] # the rank that is short: one call for each number that it refuses
+    assert list(dict.fromkeys(rows[0]))==[4, 2, 1] and rows[0]==sorted(rows[0], reverse=True) # the other one could have had 4, and comes down with it
+    assert came["said"].count("rows at a time do not fit")==1
     one = train(config(data, tmp_path/"one", base_model="tiny:llama?num_hidden_layers=1", gradient_accumulation_steps=2, auto_find_batch_size=False))
     two = json.loads((tmp_path/"two"/"run.json").read_text())
     assert two["config"]["micro_batch_size"]==1 and two["config"]["gradient_accumulation_steps"]==4
@@ -205,8 +207,8 @@ def test_ranks_agree(data, tmp_path):
 
 def test_memory_that_really_runs_out(data, tmp_path):
     "A process that may have no more than so many bytes: fewer rows are found, and the run comes to its end"
-    (tmp_path/"c.yml").write_text(json.dumps(keys(data, tmp_path/"out", base_model="tiny:llama?num_hidden_layers=1", sequence_len=512, pad_to_sequence_len=True, micro_batch_size=128, max_steps=2)))
-    (came,) = forks([dict(config=str(tmp_path/"c.yml"), memory=400*2**20)], tmp_path, 29730)
+    (tmp_path/"c.yml").write_text(json.dumps(keys(data, tmp_path/"out", base_model="tiny:llama?num_hidden_layers=1", sequence_len=512, pad_to_sequence_len=True, micro_batch_size=32, max_steps=1)))
+    (came,) = forks([dict(config=str(tmp_path/"c.yml"), memory=150*2**20)], tmp_path, 29730)
     assert came["codes"]==[0], came["said"][-2000:]
     found = json.loads((tmp_path/"out"/"run.json").read_text())["config"]
-    assert 1<=found["micro_batch_size"]<=32 and found["micro_batch_size"]*found["gradient_accumulation_steps"]==128
+    assert 1<=found["micro_batch_size"]<32==found["micro_batch_size"]*found["gradient_accumulation_steps"]
