@@ -149,6 +149,20 @@ def test_a_single_row_that_does_not_fit(data, tmp_path):
     assert small.seen==[4, 2, 1] and not list((tmp_path/"out").glob("*.safetensors"))
 
 
+def test_a_signal_in_the_trial_is_not_lost(data, tmp_path):
+    "It ends a run that must be set up again, as it would end one that has not begun"
+    class Term(Small):
+        def refuse(self, *args):
+            if not self.seen: os.kill(os.getpid(), signal.SIGTERM)
+            super().refuse(*args)
+    def heard(signum, frame): raise SystemExit(signum)
+    was = signal.signal(signal.SIGTERM, heard)
+    try:
+        with pytest.raises(SystemExit) as e: train(config(data, tmp_path), [small := Term(2)])
+    finally: signal.signal(signal.SIGTERM, was)
+    assert e.value.code==signal.SIGTERM and small.seen[:2]==[4, 2] and not list(tmp_path.glob("*.safetensors"))
+
+
 def test_trackers_hear_of_one_run(data, tmp_path):
     train(config(data, tmp_path, use_tensorboard=True), [Small(2)])
     assert len(list((tmp_path/"tensorboard").iterdir()))==1
