@@ -19,6 +19,7 @@ def run_notebook(nb, slow, said):
     with open(said, "w") as f:
         for fd in (1, 2): os.dup2(f.fileno(), fd)
     os.chdir(ROOT/"nbs")
+    multiprocessing.set_start_method("fork", force=True) # for what a cell starts, as in a fresh interpreter
     passed,_ = test_nb(nb, skip_flags=get_config().tst_flags.split(), force_flags=["slow"]*slow, basepath=ROOT)
     sys.stderr.flush()
     os._exit(not passed) # threads that a cell left behind do not hold it
