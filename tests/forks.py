@@ -1,6 +1,6 @@
 """Trainings as forks of one process that has everything imported: `python -m tests.forks spec.json`
 
-The spec is a list of phases, each a training with `config`, `overrides`, `ranks`, and what befalls it: `stop` (rank, step, moment, signals), `nan` (rank, step), `skip` (step), `kill` (which call to the file system, or a torn file), `size` (largest file),
+The spec is a list of phases, each a training with `config`, `overrides`, `ranks`, and what befalls it: `stop` (rank, step, moment, signals), `nan` (rank, step), `skip` (step), `small` (rank, rows), `memory` (bytes), `kill` (which call to the file system, or a torn file), `size` (largest file),
 `drop` (checkpoints removed first). One JSON line for each phase: exit codes (negative: killed by a signal), damage of each visible checkpoint, what was said.
 """
 import hashlib, json, os, resource, shutil, signal, sys, time
@@ -44,6 +44,23 @@ class Skip(TrainerCallback):
     def __init__(self, step): self.step = step
     def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
         if state.global_step+1==self.step: model.zero_grad(set_to_none=True)
+
+
+class Small(TrainerCallback):
+    "The model of one rank, or of each (None), has memory for so many rows; says with how many it is called"
+    def __init__(self, rank, most): self.rank, self.most = rank, most
+    def on_init_end(self, args, state, control, model=None, **kw): model.register_forward_pre_hook(lambda m, a, kw: self._refuse(args, len(kw["input_ids"])), with_kwargs=True)
+    def _refuse(self, args, rows):
+        os.write(2, f"ROWS {args.process_index} {rows}\n".encode())
+        if self.rank in (None, args.process_index) and rows>self.most: raise torch.OutOfMemoryError(f"no memory for {rows} rows")
+
+
+class Memory(TrainerCallback):
+    "The process may ask for so many bytes more, once its trainer is made"
+    def __init__(self, more): self.more = more
+    def on_init_end(self, args, state, control, **kw):
+        now = int(Path("/proc/self/statm").read_text().split()[0])*os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (now+self.more, resource.RLIM_INFINITY))
 
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
@@ -92,7 +109,7 @@ def child(phase, rank, n, port, out):
     if "call" in kill: count = kill_at(kill["call"])
     if "torn" in kill: tear(*kill["torn"])
     try:
-        train(load_config(phase["config"], phase.get("overrides", [])), [kind(*phase[k]) if isinstance(phase[k], list) else kind(phase[k]) for k, kind in dict(stop=Stop, nan=Nan, skip=Skip).items() if k in phase])
+        train(load_config(phase["config"], phase.get("overrides", [])), [kind(*phase[k]) if isinstance(phase[k], list) else kind(phase[k]) for k, kind in dict(stop=Stop, nan=Nan, skip=Skip, small=Small, memory=Memory).items() if k in phase])
         code = 0
     except SystemExit as e: code, _ = e.code, print(e, file=sys.stderr)
     except UserError as e: code, _ = 2, print(e, file=sys.stderr)

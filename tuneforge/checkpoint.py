@@ -166,7 +166,7 @@ def prune(
 MAY_CHANGE = {
     "what is written where": {"output_dir","logging_steps","save_strategy","save_steps","saves_per_epoch","save_total_limit","save_only_model","load_best_model_at_end","save_first_step","save_safetensors","resume",
         "resume_from_checkpoint","auto_resume_from_checkpoints","spike_threshold","spike_window","spike_capsules","spike_weights","stall_seconds","hub_model_id","hub_strategy","hub_revision",*LoggingOptions.model_fields,*GradioOptions.model_fields,*FileOptions.model_fields},
-    "how the work is shared out (the rows of a step are compared instead)": {"micro_batch_size","gradient_accumulation_steps","batch_size","eval_batch_size",*DistributedOptions.model_fields},
+    "how the work is shared out (the rows of a step are compared instead)": {"micro_batch_size","gradient_accumulation_steps","batch_size","eval_batch_size","auto_find_batch_size",*DistributedOptions.model_fields},
     "where data come from (their tokens are compared instead)": {"datasets","test_datasets","pretraining_dataset",*PreparedOptions.model_fields}}
 "why -> keys that may differ when a run goes on"
 

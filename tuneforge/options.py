@@ -91,7 +91,6 @@ NOT_YET = _table(
 
 # %% ../nbs/01_options.ipynb #1c3773a1
 NOT_YET |= _table(
-    packing=("auto_find_batch_size", "remove it, and choose a smaller `micro_batch_size` with more `gradient_accumulation_steps`"),
     adapters=("adapter=llama-adapter peft_adapter", "use `adapter: lora`, or train all weights"),
     devices=("deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type dp_shard_size dp_replicate_size "
         "context_parallel_size tensor_parallel_size", "remove it: `torchrun` gives each device a copy of the model"),
@@ -445,7 +444,7 @@ class PackingOptions(Options):
     gradient_accumulation_steps:int|None = _opt(None, "forward passes in an optimizer step; blank: 1", gt=0)
     batch_size:int|None = _opt(None, "rows in an optimizer step on one device; instead of `gradient_accumulation_steps`", gt=0)
     eval_batch_size:int|None = _opt(None, "rows in an evaluation pass; blank: `micro_batch_size`", gt=0)
-    auto_find_batch_size:bool = _opt(False, "halve `micro_batch_size` when memory runs out")
+    auto_find_batch_size:bool = _opt(False, "try the largest micro-batch before the first step; as long as memory runs out, fewer rows at a time and more `gradient_accumulation_steps`, with the same rows in each step")
     sample_packing:bool = _opt(False, "fill each row of a batch with several samples, each isolated from the others")
     eval_sample_packing:bool|None = _opt(None, "the same for evaluation; blank: as `sample_packing`")
     packing:Literal["fill","tight"] = _opt("fill", "`fill`: in shuffled order, gaps closed from a look-ahead; `tight`: best fit decreasing, at the price of mixing samples by length")
@@ -736,7 +735,7 @@ class DistributedOptions(Options):
     fsdp_version:Literal[1,2]|None = _opt(None, "which FSDP")
     fsdp_final_state_dict_type:Literal["FULL_STATE_DICT","LOCAL_STATE_DICT","SHARDED_STATE_DICT"]|None = _opt(None, "form of the last checkpoint")
     ddp:bool|None = _opt(None, "one copy of the model on each device; found out by itself")
-    ddp_timeout:int|None = _opt(None, "seconds that processes wait for one that is silent, before all of them give up; blank: 1800", gt=0)
+    ddp_timeout:int|None = _opt(None, "seconds that GPUs wait for one that is silent, before all of them give up; blank: 1800", gt=0)
     ddp_bucket_cap_mb:int|None = _opt(None, "megabytes of gradients that processes exchange at once; blank: 25", gt=0)
     ddp_broadcast_buffers:bool|None = _opt(None, "send buffers of the model from the first process to the others before each forward pass")
     ddp_find_unused_parameters:bool|None = _opt(None, "look after each forward pass for weights that get no gradient; for models that do not use all of them in every step")

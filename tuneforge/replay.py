@@ -27,7 +27,7 @@ def replay_config(
     **changes, # keys that are different
 ) -> Config: # what the user gave, without what would tell others of it
     "The config of the run"
-    told = {*LoggingOptions.model_fields,"hub_model_id","hub_strategy","hub_revision","push_dataset_to_hub","debug","profiler_steps","profiler_steps_start",
+    told = {*LoggingOptions.model_fields,"hub_model_id","hub_strategy","hub_revision","push_dataset_to_hub","debug","profiler_steps","profiler_steps_start","auto_find_batch_size",
         "generate_samples","num_generation_samples","eval_table_size","eval_max_new_tokens",*(k for k in Config.model_fields if k.startswith("generation_"))}
     return load_config({k: v for k,v in capsule.facts["config"].items() if k not in told} | changes)
 

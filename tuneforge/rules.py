@@ -364,6 +364,7 @@ def _whole_optimizers(cfg):
     if o.startswith(("galore","apollo")) and not cfg.optim_target_modules: yield "optimizer", f"`optimizer: {o}` needs `optim_target_modules`: the layers to project, or `all_linear`"
     if not o.endswith(("lomo","layerwise")): return
     if accumulated: yield "optimizer", f"`optimizer: {o}` steps in the backward pass: it needs `gradient_accumulation_steps: 1`"
+    if cfg.auto_find_batch_size: yield "auto_find_batch_size", f"`optimizer: {o}` steps in the backward pass, and `auto_find_batch_size` would add micro-batches: choose a `micro_batch_size` that fits"
     if asks(cfg, "max_grad_norm"): yield "max_grad_norm", f"`max_grad_norm` has no effect with `optimizer: {o}`, which never has all gradients at once"
     for k in ("lr_groups","embedding_lr","embedding_lr_scale","loraplus_lr_ratio","weight_decay"):
         if o.endswith("lomo") and asks(cfg, k): yield k, f"`{k}` has no effect with `optimizer: {o}`: it treats all parameters alike"

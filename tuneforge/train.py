@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/train.html.md"""
 
 # %% auto #0
 __all__ = ['total_steps', 'plan_run', 'training_arguments', 'stop_token_ids', 'flattens', 'prove_isolation', 'make_meter',
-           'make_trainer', 'samples', 'run_facts', 'set_up', 'train', 'figures', 'describe', 'save_run']
+           'make_trainer', 'samples', 'run_facts', 'set_up', 'train_once', 'train', 'figures', 'describe', 'save_run']
 
 # %% ../nbs/34_train.ipynb #4302daee
 import json,math,os
@@ -22,6 +22,7 @@ from .checkpoint import Run, data_facts, mean_of_log, on_first_rank, plan_facts,
 from .config import Config, PackingOptions, TrainOptions, UserError, log
 from .dataset import Prepared, train_entries
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval, isolates, packs, strategy
+from .fit import Fit, as_before, until_it_fits
 from .folder import held
 from .guards import Guard, Profiled, StallWatch, fused, stop_at_bad_gradients
 from .inspect import show_samples
@@ -164,11 +165,13 @@ def make_trainer(
         plan = plan_evaluation(sample_lengths(data.valid), cfg, eval_length(cfg), world)
         eval_loader = PlanLoader(data.valid, [plan], collate(bool(plan.capacity), eval_length(cfg)), rank, **loading_arguments(cfg))
     collator,meter = collate(isolates(cfg) or flat, cfg.sequence_len),make_meter(model, course, args)
+    fit = [Fit(cfg)] if cfg.auto_find_batch_size else []
     if fused(cfg.optimizer): stop_at_bad_gradients(model, cfg.optimizer)
     trainer = ForgeTrainer(model, args, data, course, cfg, PoseCollator(collator, cfg, cfg.seed) if cfg.use_pose else collator, eval_loader,
         head_loss(model, cfg) or causal_loss, loading_arguments(cfg), processing_class=tokenizer, keep_best=cfg.load_best_model_at_end or strategy(cfg, "save")=="best",
         facts=run_facts(cfg, data, course), keep=cfg.save_total_limit, save_first=cfg.save_first_step, guard=Guard(cfg.output_dir, cfg.max_skipped_steps), spikes=SpikeWatch(cfg, tokenizer, data), meter=meter,
-        callbacks=[LiveProgress(meter), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
+        callbacks=[*fit, LiveProgress(meter), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
+    for f in fit: f.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     if cfg.profiler_steps: trainer.add_callback(Profiled(cfg.output_dir, cfg.profiler_steps, cfg.profiler_steps_start))
     if cfg.gc_steps: trainer.add_callback(FreeMemory(cfg.gc_steps))
@@ -229,6 +232,22 @@ def set_up(
     return trainer,data,(watch,tracked(trackers))
 
 # %% ../nbs/34_train.ipynb #a0000905
+def train_once(
+    cfg:Config, # all options
+    callbacks=(), # more callbacks of transformers' kind
+    allow_drift:bool=False, # go on from a checkpoint though config or data have changed
+) -> Run: # what came of it
+    "All steps of a run, in a folder that is held. Raises `FewerRows` where `auto_find_batch_size` found that too many are asked for."
+    trainer,data,(watch,tracking) = set_up(cfg, callbacks, allow_drift)
+    hub = HubPush(cfg, lambda state: describe(cfg, trainer, data, figures(trainer)).manifest()) if cfg.hub_model_id and trainer.args.should_save else None
+    if hub: trainer.add_callback(hub)
+    with watch,tracking:
+        result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
+        if cfg.load_best_model_at_end: trainer.load_best()
+        run = save_run(cfg, trainer, data, result)
+    if hub: hub.finish()
+    return run
+
 def train(
     cfg:Config, # all options
     callbacks=(), # more callbacks of transformers' kind
@@ -237,15 +256,7 @@ def train(
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
     with held(cfg.output_dir):
         check_hub(cfg)
-        trainer,data,(watch,tracking) = set_up(cfg, callbacks, allow_drift)
-        hub = HubPush(cfg, lambda state: describe(cfg, trainer, data, figures(trainer)).manifest()) if cfg.hub_model_id and trainer.args.should_save else None
-        if hub: trainer.add_callback(hub)
-        with watch,tracking:
-            result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
-            if cfg.load_best_model_at_end: trainer.load_best()
-            run = save_run(cfg, trainer, data, result)
-        if hub: hub.finish()
-        return run
+        return until_it_fits(as_before(cfg), lambda c: train_once(c, callbacks, allow_drift))
 
 # %% ../nbs/34_train.ipynb #abd7c371
 def figures(
