@@ -3,7 +3,7 @@ import pytest, torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from tuneforge.all import *
-from tests.tools import write_jsonl
+from tests.tools import computed, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,14 @@ def test_what_was_the_best_so_far_was_saved(done):
     out, r = done
     during = list(evaluations(r).items())
     want = [s for i, (s, l) in enumerate(during) if all(l<m for _, m in during[:i])]
-    assert [int(p.name.split("-")[1]) for p in checkpoints(out)]==want[-4:] # as many as are kept
+    best, ever = min(want, key=lambda s: dict(during)[s]), sorted({*want, 24}) # the end is saved, too, so that a finished run is known as one
+    assert [int(p.name.split("-")[1]) for p in checkpoints(out)]==sorted({*ever[-4:], best}) # as many as are kept
+
+
+def test_a_finished_run_is_not_trained_again(done, data):
+    out, r = done
+    again = train(config(data, out, resume="auto", **{k: v for k, v in KINDS.items() if k in str(out)}.popitem()[1]))
+    assert computed(again.history)==computed(r.history) and again.metrics["eval_loss"]==r.metrics["eval_loss"] and again.metrics["best_step"]==r.metrics["best_step"]
 
 
 def test_the_best_outlives_newer_checkpoints(data, tmp_path):

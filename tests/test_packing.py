@@ -213,6 +213,10 @@ def test_options_limit_the_rows():
     assert plan(sample_packing_group_size=1).sample_ids.tolist()!=plan().sample_ids.tolist()
     assert len(bins_of(plan(sample_packing_group_size=1)))>len(bins_of(plan()))
     assert plan_training(l, PackingOptions(curriculum_sampling=True), 64, 1, 1)[0].sample_ids.tolist()==list(range(300))
+    kept = plan_training(l, PackingOptions(sample_packing=True, curriculum_sampling=True, micro_batch_size=2), 64, 1, 3)
+    for p in kept: # whatever is in a step comes before all of the next one
+        steps = [sorted(i for b in s.ravel() for i in p.bin(b)) for s in p.order]
+        assert sum(steps, [])==list(range(300)) and len(p.order)>5
     assert len(bins_of(plan_evaluation(l, PackingOptions(sample_packing=True), 64)))<len(bins_of(plan_evaluation(l, PackingOptions(sample_packing=True, eval_sample_packing=False), 64)))==300
 
 

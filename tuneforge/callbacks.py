@@ -11,14 +11,14 @@ __all__ = ['smooth', 'sparkline', 'LiveProgress', 'curve', 'LossWatchdog', 'Cade
 import math,os,signal,threading,time
 from pathlib import Path
 import numpy as np
-from fastcore.imports import in_ipython
 import torch
 import torch.distributed as dist
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from .config import UserError, log
+from .generate import screen
 from .speed import Meter
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -54,11 +54,10 @@ class LiveProgress(TrainerCallback):
         title:str="Training", # before the bar
     ):
         self.meter,self.title,self.said,self.losses,self.curve,self.show = meter,title,{},[],[],None
-        self.console = Console(stderr=not in_ipython()) # stderr keeps stdout for results; a page has no such need
     def on_train_begin(self, args, state, control, **kwargs):
         self.meter.begin(state.global_step)
         self.losses = [h["loss"] for h in state.log_history if "loss" in h][-200:]
-        self.show = _display(self.console, self.title, state.max_steps)
+        self.show = _display(screen, self.title, state.max_steps)
         self.show.start(state.global_step)
     def on_step_end(self, args, state, control, **kwargs): self.show.update(state.global_step, self._text(state.global_step), self.curve)
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -84,7 +83,8 @@ class _Bar:
     def start(self, step): self.live.start(); self.p.update(self.task, completed=step)
     def update(self, step, text, losses=()):
         self.p.update(self.task, completed=step)
-        self.live.update(Group(self.p, Text(text), *[Text(sparkline(losses), style="cyan")]*(len(losses)>1)))
+        items = Text("  ".join(i.replace(" ", "\xa0") for i in text.split("  "))) # a figure and its unit stay on one line
+        self.live.update(Group(self.p, items, *[Text(sparkline(losses), style="cyan")]*(len(losses)>1)))
     def line(self, step, text): pass
     def stop(self): self.live.stop()
 

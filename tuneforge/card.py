@@ -131,8 +131,11 @@ def _training(run):
 
 def _metrics(run, plot):
     "How it did"
-    m,losses = run["metrics"],[h["loss"] for h in run["history"] if "loss" in h]
-    rows = [("training loss, last", f"{losses[-1]:.4f}")]*bool(losses)+[("training loss, mean", f"{m['loss']:.4f}")]*("loss" in m)
+    m = run["metrics"]
+    best = m.get("best_step")
+    losses = [h["loss"] for h in run["history"] if "loss" in h and (best is None or h["step"]<=best)]
+    rows = [("weights", f"those after step {best} of {m['steps']}, which evaluated best")]*(best is not None)
+    rows += [("training loss, last", f"{losses[-1]:.4f}")]*bool(losses)+[("training loss, mean", f"{m['loss']:.4f}")]*("loss" in m)
     rows += [("loss on held-out data", f"{m['eval_loss']:.4f}"), ("perplexity on held-out data", f"{m['eval_perplexity']:.2f}")] if "eval_loss" in m else []
     said = "" if "eval_loss" in m else "\n\nNothing was held out: how it does on data that it hasn't seen was not measured."
     return f"## Results\n\n{_table(rows, '', '')}{said}\n"+("\n![Loss over the steps](loss.png)\n" if plot else "")

@@ -378,6 +378,7 @@ def run_to_end(
     "Train from the start or from a checkpoint to the end. Raises `Stopped` after a signal, when the checkpoint is on the disk."
     if checkpoint: trainer.check(checkpoint, allow_drift)
     on_first_rank(lambda: make_way(Path(trainer.args.output_dir), checkpoint))
+    if checkpoint: log.info(f"goes on from {checkpoint}, after step {trainer.start} of {trainer.facts['steps']}")
     trainer.began = time.perf_counter()
     if trainer.start>=trainer.facts["steps"]: # it had come to its end
         trainer._load_from_checkpoint(checkpoint)

@@ -7,7 +7,7 @@ Docs: https://tuneforge.github.io/tuneforge/cli.html.md"""
 # %% auto #0
 __all__ = ['COMMANDS', 'preprocess', 'preview', 'train', 'merge_lora', 'evaluate', 'inference', 'push', 'replay', 'fetch',
            'quickstart', 'config_check', 'config_show', 'config_explain', 'config_schema', 'config_new', 'help_text',
-           'unknown_command', 'run_command', 'main']
+           'unknown_command', 'run_command', 'Said', 'first_rank', 'say', 'main']
 
 # %% ../nbs/60_cli.ipynb #256afd47
 import builtins,inspect,json,logging,os,shutil,sys
@@ -70,7 +70,8 @@ def train(
 ):
     "Fine-tune: from a config to a folder with a model or an adapter"
     from tuneforge.all import train as run
-    print(run(cfg, allow_drift=allow_drift))
+    done = run(cfg, allow_drift=allow_drift)
+    if first_rank(): print(done)
 
 # %% ../nbs/60_cli.ipynb #7767546a
 def merge_lora(
@@ -334,6 +335,19 @@ def run_command(
     return f(**kw)
 
 # %% ../nbs/60_cli.ipynb #65862c3b
+class Said(logging.Handler):
+    "Writes to what stderr is at that moment: a live display puts its own there"
+    def emit(self, record): print(self.format(record), file=sys.stderr)
+
+def first_rank(): return os.environ.get("RANK", "0")=="0"
+
+def say(
+    log:logging.Logger, # tuneforge's
+):
+    "Show what is told in passing; on the other ranks only what is wrong"
+    log.handlers = [Said()]
+    log.setLevel(logging.INFO if first_rank() else logging.WARNING)
+
 def main(
     argv:list[str]|None=None, # arguments; default: the process's
 ) -> int: # exit code: 0 done, 2 a mistake of the user's
@@ -341,7 +355,7 @@ def main(
     args = list(sys.argv[1:] if argv is None else argv)
     trace = "--traceback" in args
     args = [a for a in args if a!="--traceback"]
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    say(logging.getLogger("tuneforge"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # idle threads must not spin: on a shared CPU that is 20 times slower
     if not sys.stderr.isatty(): os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1") # a bar in a log file is a page of noise

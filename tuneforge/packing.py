@@ -309,7 +309,7 @@ def packing_way(
 ) -> str: # `way` of `plan_epoch`
     "The way of packing that a config asks for"
     if not opts.sample_packing: return "by_length" if opts.group_by_length else "single"
-    return "sequential" if opts.sample_packing_sequentially else opts.packing
+    return "sequential" if opts.sample_packing_sequentially or opts.curriculum_sampling else opts.packing # a gap that is closed from later on changes the order
 
 def plan_training(
     lengths:np.ndarray, # tokens of each sample

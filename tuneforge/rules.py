@@ -282,7 +282,9 @@ def _order_is_one(cfg):
     if cfg.sample_packing and cfg.packing=="tight":
         for k,why in (("sample_packing_sequentially","one keeps the order, the other sorts"),("curriculum_sampling","one keeps the order, the other sorts"),("sample_packing_group_size","`tight` looks through all samples")):
             if asks(cfg, k): yield k, off("packing: tight", k)+why
-    if asks(cfg, "sample_packing_sequentially") and asks(cfg, "sample_packing_group_size"): yield "sample_packing_group_size", "`sample_packing_group_size` has no effect with `sample_packing_sequentially`: no gap is closed"
+    for k in ("sample_packing_sequentially","curriculum_sampling"):
+        if asks(cfg, k) and asks(cfg, "sample_packing_group_size"): yield "sample_packing_group_size", f"`sample_packing_group_size` has no effect with `{k}`: no gap is closed"
+    if cfg.sample_packing and cfg.curriculum_sampling and cfg.packing=="fill" and "packing" in cfg.model_fields_set: yield "packing", off("packing: fill", "curriculum_sampling")+"one keeps the order, the other closes gaps with later samples"
     if cfg.group_by_length and cfg.sample_packing: yield "group_by_length", "`group_by_length` has no effect with `sample_packing`: packed rows are all of one length"
     if cfg.group_by_length and cfg.curriculum_sampling: yield "group_by_length", off("curriculum_sampling", "group_by_length")+"one keeps the order of the data, the other sorts"
 

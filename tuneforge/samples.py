@@ -12,12 +12,10 @@ import json
 from pathlib import Path
 import numpy as np
 import torch
-from fastcore.imports import in_ipython
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from .config import SamplingOptions
-from .generate import generate, printable, question_and_answer
+from .generate import generate, printable, question_and_answer, screen
 from .options import EvalOptions
 from transformers import TrainerCallback
 
@@ -104,7 +102,7 @@ class Samples(TrainerCallback):
         trackers=(), # told, too: each has `table(name, rows, step)`
     ):
         self.asked,self.tokenizer,self.opts,self.seed,self.trackers,self.rows = asked,tokenizer,opts,seed,trackers,[]
-        self.file,self.console = Path(output_dir)/"samples.jsonl",Console(stderr=not in_ipython())
+        self.file = Path(output_dir)/"samples.jsonl"
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero: return
         kept = map(json.loads, self.file.read_text(encoding="utf-8").splitlines()) if state.global_step and self.file.is_file() else []
@@ -120,6 +118,6 @@ class Samples(TrainerCallback):
         if new==self.rows[-len(new):]: return # the same model at the same step
         self.rows += new
         with self.file.open("a", encoding="utf-8") as f: f.writelines(map(self._line, new))
-        self.console.print(samples_table(self.rows))
+        screen.print(samples_table(self.rows))
         for t in self.trackers: t.table("samples", new, state.global_step)
     def _line(self, row): return json.dumps(row, ensure_ascii=False)+"\n"

@@ -80,7 +80,8 @@ def training_arguments(
     "What transformers' Trainer needs to know"
     device = best_device(cfg)
     precision = choose_precision(cfg, device)
-    save,evals = interval(cfg, "save", steps_per_epoch, steps),interval(cfg, "eval", steps_per_epoch, steps) if evaluate else None
+    save = steps if strategy(cfg, "save")=="best" else interval(cfg, "save", steps_per_epoch, steps) # the end of a run is always worth a checkpoint
+    evals = interval(cfg, "eval", steps_per_epoch, steps) if evaluate else None
     return TrainingArguments(output_dir=cfg.output_dir, max_steps=steps, seed=cfg.seed, data_seed=cfg.seed, report_to="none", disable_tqdm=True,
         per_device_train_batch_size=cfg.micro_batch_size, per_device_eval_batch_size=eval_rows(cfg),
         gradient_accumulation_steps=accumulation(cfg), learning_rate=cfg.learning_rate, optim=optimizer_name(cfg), weight_decay=cfg.weight_decay,
@@ -178,7 +179,7 @@ def make_trainer(
     if cfg.early_stopping_patience: trainer.add_callback(EarlyStoppingCallback(cfg.early_stopping_patience))
     return trainer
 
-# %% ../nbs/34_train.ipynb #127c3222
+# %% ../nbs/34_train.ipynb #a0000907
 def samples(
     cfg:Config, # `generate_samples`, `eval_table_size`
     ds, # rows to evaluate on; None: there are none
@@ -189,6 +190,7 @@ def samples(
     n,how = sample_options(cfg)
     return [Samples(sample_questions(ds, tokenizer, n, cfg.generation_prompt_ratio), tokenizer, how, cfg.output_dir, cfg.seed, trackers)] if n and ds is not None else []
 
+# %% ../nbs/34_train.ipynb #127c3222
 def run_facts(
     cfg:Config, # all options
     data:Prepared, # train and valid
@@ -289,7 +291,10 @@ def save_run(
     trainer.model.generation_config.save_pretrained(cfg.output_dir)
     done,course = trainer.state.global_step,trainer.course
     metrics = dict(loss=result.training_loss, steps=done, tokens=course.tokens_until(done), seconds=result.metrics["train_runtime"],
-        packing_efficiency=course.efficiency, **(trainer.evaluate() if trainer.eval_loader else {}))
+        packing_efficiency=course.efficiency)
+    kind = "best" if cfg.load_best_model_at_end else "eval" # in the log: it need not be the model of the last step
+    if trainer.eval_loader: metrics |= {k.replace(kind, "eval", 1): v for k,v in trainer.evaluate(metric_key_prefix=kind).items()}
+    if cfg.load_best_model_at_end: metrics["best_step"] = trainer.state.best_global_step
     run = describe(cfg, trainer, data, metrics)
     if trainer.args.should_save:
         write_text(Path(cfg.output_dir)/"golden_prompts.json", json.dumps(data.golden, ensure_ascii=False, indent=1))
