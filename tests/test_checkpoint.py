@@ -148,6 +148,11 @@ OPTS = lambda out: TrainOptions(output_dir=str(out), resume="auto")
 def test_no_file_is_forgotten(two): assert {str(p.relative_to(two/"checkpoint-4")) for p in (two/"checkpoint-4").rglob("*") if p.is_file()}-{"chat_template.jinja", "special_tokens_map.json"}==set(FILES)
 
 
+def test_a_checkpoint_that_is_not_there_is_no_damage(two):
+    with pytest.raises(UserError, match=r"checkpoint-99 is no checkpoint to go on from: there is no such folder; .* has checkpoint-3, checkpoint-4"):
+        resume_from(TrainOptions(output_dir=str(two), resume=str(two/"checkpoint-99")))
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_damage_is_found_and_named(two, name, caplog):
     "Every bit of some bytes at the ends and in the middle, the last byte gone, half of it gone, all of it, and the file itself"

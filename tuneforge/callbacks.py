@@ -8,7 +8,7 @@ Docs: https://tuneforge.github.io/tuneforge/callbacks.html.md"""
 __all__ = ['smooth', 'sparkline', 'LiveProgress', 'curve', 'LossWatchdog', 'Cadence', 'Stopped', 'StopOnSignal', 'plot_history']
 
 # %% ../nbs/31_callbacks.ipynb #35de1921
-import math,os,signal,threading,time
+import math,os,re,signal,threading,time
 from pathlib import Path
 import numpy as np
 import torch
@@ -83,8 +83,8 @@ class _Bar:
     def start(self, step): self.live.start(); self.p.update(self.task, completed=step)
     def update(self, step, text, losses=()):
         self.p.update(self.task, completed=step)
-        items = Text("  ".join(i.replace(" ", "\xa0") for i in text.split("  "))) # a figure and its unit stay on one line
-        self.live.update(Group(self.p, items, *[Text(sparkline(losses), style="cyan")]*(len(losses)>1)))
+        lines = Text(re.sub(r"  (?=\S+ tok/s)", "\n", text)) # the run, and the machine
+        self.live.update(Group(self.p, lines, *[Text(sparkline(losses), style="cyan")]*(len(losses)>1)))
     def line(self, step, text): pass
     def stop(self): self.live.stop()
 

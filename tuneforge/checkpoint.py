@@ -112,6 +112,9 @@ def damage(
     to_go_on:bool=True, # whether training shall go on from it; else its weights are enough
 ) -> list[str]: # what is wrong with it; empty: nothing
     "Compare every file of a checkpoint with its manifest"
+    if not checkpoint.is_dir():
+        others = [p.name for p in checkpoints(checkpoint.parent)]
+        return [f"there is no such folder; {checkpoint.parent} has "+(", ".join(others) or "no checkpoints")]
     for name in (MANIFEST, f"{MANIFEST}.sha256"):
         if not (checkpoint/name).is_file(): return [f"{name} is missing: it was not written to its end, or not by tuneforge"]
     h,said = digest(checkpoint/MANIFEST),(checkpoint/f"{MANIFEST}.sha256").read_bytes()
