@@ -195,7 +195,7 @@ def test_sha256sum_agrees(two):
 def test_nothing_whole_is_an_error(two):
     for n in (3, 4): (two/f"checkpoint-{n}"/"optimizer.pt").write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint is whole(.|\n)*checkpoint-4: optimizer.pt is damaged: it has 0 bytes(.|\n)*checkpoint-3"): resume_from(OPTS(two))
-    with pytest.raises(UserError, match="checkpoint-9 is no checkpoint to go on from: manifest.json is missing"): resume_from(TrainOptions(resume=str(two/"checkpoint-9")))
+    with pytest.raises(UserError, match="checkpoint-9 is no checkpoint to go on from: there is no such folder"): resume_from(TrainOptions(resume=str(two/"checkpoint-9")))
     assert resume_from(TrainOptions(output_dir=str(two), resume="never")) is None
     assert resume_from(OPTS(two/"new")) is None
 
