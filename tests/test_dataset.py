@@ -161,3 +161,14 @@ def test_the_cache_follows_templates_and_own_code(tmp_path, monkeypatch):
     t.write_text(t.read_text()+"!")
     assert key(**jinja)!=first[0]
     assert key(type="chat_template", eot_tokens=["</s>"])!=key(type="chat_template")
+
+
+BARE, FULL = "Frage,Antwort\nWo?,Hier\n", "Frage,Antwort,input\nWann?,Jetzt,\nWo?,Hier,dort\n"
+
+@pytest.mark.parametrize("table, more, says", [(BARE, {}, True), (FULL, {}, False), (BARE, dict(no_input_format="{instruction}"), False), (BARE, dict(format="Q: {instruction}"), False)])
+def test_a_format_that_no_row_uses_is_said(tmp_path, table, more, says):
+    "A user's `format` wants an input, and the table has none"
+    (tmp_path/"x.csv").write_text(table)
+    kind = dict(field_instruction="Frage", field_output="Antwort", format="Q: {instruction} {input}\nA: ") | more
+    report = prepare_data(options(tmp_path, DatasetOptions(path=str(tmp_path/"x.csv"), type=kind)), TOK).report
+    assert any("no row has `input`" in n and "`no_input_format`" in n for n in report.sources[0].notes())==says

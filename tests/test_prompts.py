@@ -51,6 +51,10 @@ CASES = [ # type, row, prompt, response
     ("context_qa.load_v2", dict(context="C.", question="Q?", answer="A."), "Context: C.\nQuestion: Q?\n", "Answer: A."),
     (dict(field_instruction="q", field_output="a", system_prompt="Sys.", system_format="[{system}] ", format="{{{instruction}}}|{input}|", no_input_format="Q {instruction}: "), dict(q="Q?", a="A.", input="X"), "[Sys.] {Q?}|X|", "A."),
     (dict(field_instruction="q", field_output="a"), dict(q="Q?", a="A."), "Q? ", "A."),
+    (dict(field_instruction="q", field_output="a", format="Q: {instruction}\nA: "), dict(q="Q?", a="A."), "Q: Q?\nA: ", "A."), # meant for all rows
+    (dict(field_instruction="q", field_output="a", format="Q: {instruction}\nA: "), dict(q="Q?", a="A.", input="X"), "Q: Q?\nA: ", "A."),
+    (dict(field_instruction="q", field_output="a", format="{{input}} {instruction}:"), dict(q="Q?", a="A."), "{input} Q?:", "A."),
+    (dict(field_instruction="q", field_output="a", format="Q: {instruction} {input}"), dict(q="Q?", a="A."), "Q? ", "A."), # as in Axolotl
     (dict(field_instruction="q", field_output="a"), dict(q="Q {input}", a="A.", system="S", input="X"), "SQ {input} X ", "A."),
 ]
 

@@ -25,7 +25,7 @@ from .mixing import MIX, SHUFFLE, again, copies, draw, draw_valid, fingerprints,
 from .engines import Encoder, choose_encoder, verified
 from .files import as_rows, raw_row
 from .hub import ask_hub, fetch_folder, hub_place, push_folder
-from .prompts import FORMATS, find_format, own_function, prompt_format, with_defaults
+from .prompts import FORMATS, find_format, own_function, prompt_format, with_defaults, without_input
 from .report import BAD, CUT_UNTRAINED, HELD_OUT, LONG, LOST, OTHER_SHARD, OVER_CAP, REASONS, SHORT, TWICE, UNDER_WEIGHT, UNTRAINED, DataReport, SourceReport, check_losses, length_counts, load_report, save_report, tally
 from .sources import fingerprint, is_local, load_rows, read_rows, row_places
 from .store import MANIFEST, digest, is_whole, made_once, why_missing
@@ -551,13 +551,20 @@ def texts_of(
     return res
 
 # %% ../nbs/14_dataset.ipynb #986b59d2
+def _unused_format(spec, rows):
+    "What to say of a `format` for rows with an input, when there are none"
+    if isinstance(spec, str) or spec.no_input_format is not None or "format" not in spec.model_fields_set or (bare := without_input(spec))==spec.format: return []
+    for a in range(0, len(rows), 1000):
+        if any(r.get(spec.field_input) for r in as_rows(rows[a:a+1000])[0]): return []
+    return [f"no row has `{spec.field_input}`, so `type.format` is used for none of them: their prompt is {bare!r}. Give `no_input_format`, or `field_input` if the column has another name"]
+
 def _prepare(entry, number, opts, encoder, folder, role):
     "One entry, tokenised into `folder`, with its report"
     folder.mkdir(parents=True)
     entry,tokenizer = with_defaults(entry, opts),encoder.tokenizer
     fmt,rows = prompt_format(entry, tokenizer),read_rows(entry, opts.on_bad_row)
     encoder = _proven(encoder, rows, fmt, opts, entry.path)
-    report = SourceReport(entry.path, role, rows_in=len(rows), engine=encoder.engine.name)
+    report = SourceReport(entry.path, role, rows_in=len(rows), engine=encoder.engine.name, hints=_unused_format(entry.type, rows))
     part = Part.of(entry, prepare_source(entry, rows, fmt, opts, encoder, folder, take_rows(len(rows), entry.max_rows, opts.seed, number)), report)
     report.bad = list_bad(part, rows, folder.parent/"quarantine.jsonl" if opts.on_bad_row=="quarantine" else None)
     golden = _compare(entry, rows, fmt, opts, tokenizer, report)

@@ -305,7 +305,7 @@ class CustomFormat(Options):
     field_input:str = _opt("input", "column of the input")
     field_output:str = _opt("output", "column of the response")
     format:str = _opt("{instruction} {input} ", "the prompt, where there is an input")
-    no_input_format:str = _opt("{instruction} ", "the prompt, where there is none")
+    no_input_format:str|None = _opt(None, "the prompt, where there is none; without it, `format` if that has no place for `{input}`, and else `{instruction} `")
     field:str|None = _opt(None, "of Axolotl's documentation; `completion` names its column beside `type`")
 
 class FormatOptions(SourceOptions):

@@ -7,8 +7,8 @@ Docs: https://tuneforge.github.io/tuneforge/prompts.html.md"""
 # %% auto #0
 __all__ = ['log', 'FORMATS', 'LAYOUTS', 'STYLES', 'PREAMBLES', 'INSTRUCT', 'ALIASES', 'LLAMA2_SYSTEM', 'Segment', 'kind', 'need',
            'PromptFormat', 'register', 'fill', 'Layout', 'Instruct', 'instruct', 'completion', 'own_tokens_format',
-           'input_output', 'speech', 'pygmalion', 'llama2_chat', 'custom', 'own_function', 'from_function',
-           'with_defaults', 'find_format', 'prompt_format']
+           'input_output', 'speech', 'pygmalion', 'llama2_chat', 'without_input', 'custom', 'own_function',
+           'from_function', 'with_defaults', 'find_format', 'prompt_format']
 
 # %% ../nbs/11_prompts.ipynb #4ab1e97d
 import importlib,importlib.util,inspect,logging,re,sys
@@ -348,19 +348,29 @@ def llama2_chat(
     return PromptFormat("llama2_chat", dict(conversations=list), segments, prompt)
 
 # %% ../nbs/11_prompts.ipynb #8fa8185c
+def _asked(template): return _places(re.sub(r"\{\{|\}\}", "", template)) # a doubled brace is text
+
+def without_input(
+    spec:CustomFormat, # from the config
+) -> str: # with `{instruction}`
+    "The prompt of rows that have no input: a `format` that doesn't ask for one is meant for them, too"
+    if spec.no_input_format is not None: return spec.no_input_format
+    return "{instruction} " if "input" in _asked(spec.format) else spec.format
+
 def custom(
     spec:CustomFormat, # from the config
 ) -> PromptFormat: # prompt and response, tokenised apart
     "An inline format"
     for key,known in dict(format=("instruction","input"), no_input_format=("instruction",), system_format=("system",)).items():
-        odd = [n for n in _places(re.sub(r"\{\{|\}\}", "", getattr(spec, key))) if n not in known]
+        odd = [n for n in _asked(getattr(spec, key) or "") if n not in known]
         if odd: raise UserError(f"datasets: `type.{key}` has a place {{{odd[0]}}}; it may have {', '.join(f'{{{n}}}' for n in known)}")
     if spec.field: log.warning("`type.field` says nothing in an inline format: `completion` takes its column from `field` beside `type`")
     text = lambda row,column: need(row[column], str, column) if row.get(column) is not None else ""
+    bare = without_input(spec)
     def prompt(row):
         system,input = text(row, spec.field_system) or spec.system_prompt,text(row, spec.field_input)
         head = fill(spec.system_format, system=system) if system else ""
-        return head+fill(spec.format if input else spec.no_input_format, instruction=row[spec.field_instruction], input=input)
+        return head+fill(spec.format if input else bare, instruction=row[spec.field_instruction], input=input)
     segments = lambda row: [Segment(prompt(row), False, "user"), Segment(row[spec.field_output], True, "assistant", eos=1)]
     return PromptFormat("custom", {spec.field_instruction: str, spec.field_output: str}, segments, prompt)
 
