@@ -550,7 +550,7 @@ def test_weights_of_internal_messages():
 
 
 @pytest.mark.parametrize("row, says", [
-    (dict(text="x"), "messages is null, but should be a list; the row has `text`"),
+    (dict(text="x"), "the row has no `messages`. It has `text`; `field_messages: …` names"), (dict(text="x", messages=None), "messages is null, but should be a list; the row has `text`"),
     (dict(messages=[]), "messages is empty"),
     (dict(messages="["), "messages is no JSON"),
     (dict(messages=[U, "Hi"]), r"messages\[1\] is text \('Hi'\), but should be an object"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from .config import CHECKS, DatasetOptions, log
-from .document import Document, Problem, UserError, nearest
+from .document import Document, Problem, UserError, did_you_mean, nearest
 from .remote import is_url
 from .prompts import FORMATS, PromptFormat, Segment, find_format, kind, need, register
 from .templates import TEMPLATES, resolve_template
@@ -357,6 +357,7 @@ def _column(row, opts):
     if row.get(name) is None and "field_messages" not in opts.model_fields_set and row.get("conversations") is not None:
         name = "conversations"
         _say_once(f"{opts.path}: rows have no `messages`; `field_messages: conversations` is used")
+    if name not in row: raise UserError(f"the row has no `{name}`{did_you_mean(name, row) or '.'} It has {', '.join(f'`{k}`' for k in row) or 'nothing'}; `field_messages: …` names the column of the messages")
     rows = _parsed(row.get(name), name)
     if not need(rows, list, name, f"; the row has {', '.join(f'`{k}`' for k,v in row.items() if v is not None)}"): raise UserError(f"{name} is empty")
     return [need(m, dict, f"{name}[{i}]") for i,m in enumerate(rows)],name

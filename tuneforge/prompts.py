@@ -67,9 +67,10 @@ class PromptFormat:
     def __call__(self,
         row:dict, # column -> value
     ) -> list[Segment]: # its text
-        "The segments of a row. Raises `UserError` that begins with the column at fault."
+        "The segments of a row. Raises `UserError` that names the column at fault."
         for c,t in self.columns.items():
-            need(row.get(c), t, c, f", which `type: {self.name}` needs; {_has(row)}" if row.get(c) is None else "")
+            if row.get(c) is None: raise UserError(_lacks(row, c, t, self.name))
+            need(row[c], t, c)
         segments = self.segments(row)
         if not segments: raise UserError(f"there is no text in this row: {_has(row)}")
         for s in segments:
@@ -81,6 +82,16 @@ def _has(row):
     columns = [k for k,o in row.items() if o is not None]
     like = next((t for names,t in ((("messages","conversations"), "chat_template"), (("text",), "completion")) if set(names) & set(columns)), None)
     return (f"the row has {', '.join(f'`{k}`' for k in columns)}" if columns else "the row is empty")+(f", which looks like `type: {like}`" if like else "")
+
+_RENAMES = dict(custom="`field_instruction` and `field_output` beside it name other columns", completion="`field: …` names another column", pretrain="`text_column: …` names another column")
+
+def _lacks(row, column, wanted, name):
+    "What is missing in a row, and how to mend it"
+    said = f"{column} is null or missing, but should be {kind(wanted())}" if column in row else f"the row has no `{column}`"
+    has = _has(row)
+    how = "" if wanted is not str or " looks like " in has else _RENAMES.get(name, "other names of columns go into a `type:` block: `field_instruction: …`, `field_output: …`")
+    near = did_you_mean(column, [k for k,o in row.items() if o is not None])
+    return f"{said}, which `type:{'' if name=='custom' else f' {name}'}` needs; {has}{near}{('' if near else '.')+f' {how[0].upper()}{how[1:]}' if how else ''}"
 
 def _encodable(text):
     try: text.encode()
