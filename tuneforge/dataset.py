@@ -66,7 +66,7 @@ def fit_lengths(
     size,how,ends = opts.sequence_len,opts.excess_length_strategy,batch.ends
     starts,sample = np.append(0, ends)[:-1],np.arange(len(ends))
     long = (ends-starts>size) | batch.cut
-    if how=="split": starts,ends,sample = cut_up(starts, ends, size)
+    if how=="split": starts,ends,sample = cut_up(starts, ends, size, opts.min_sample_len)
     if how=="truncate": ends = np.minimum(ends, starts+size)
     on = np.append(0, np.cumsum(batch.labels!=IGNORE)) # the first token is predicted from nothing
     reason = drop_reason(ends-starts, on[ends]-on[np.minimum(starts+1, ends)], long & (how in ("drop","raise")) if how!="split" else False, opts)
@@ -107,7 +107,7 @@ def _tokenise(columns, numbers, entry, fmt, opts, encoder, taken=None):
     import pyarrow as pa
     numbers = np.array(numbers) if taken is None else taken[numbers]
     rows,broken = as_rows(columns.to_pydict() if isinstance(columns, pa.Table) else columns)
-    batch,row,errors = tokenise_rows(rows, fmt, encoder, needed_length(opts), opts.train_on_inputs)
+    batch,row,errors = tokenise_rows(rows, fmt, encoder, needed_length(opts), opts.train_on_inputs, least=opts.min_sample_len)
     errors |= broken
     good = fit_lengths(batch, opts)
     if stop := stopping_row(batch, good, row, errors, opts): raise UserError(f"{row_places(entry, [int(numbers[stop[0]])+1])[0]}: {stop[1]}")
@@ -256,7 +256,7 @@ def _each(ds, numbers, fmt, opts, tokenizer, want_offsets=False):
     for a in range(0, len(numbers), 1000):
         part = numbers[a:a+1000]
         rows,broken = as_rows(ds[[n-1 for n in part]])
-        batch,row,errors = tokenise_rows(rows, fmt, tokenizer, needed_length(opts), opts.train_on_inputs, want_offsets)
+        batch,row,errors = tokenise_rows(rows, fmt, tokenizer, needed_length(opts), opts.train_on_inputs, want_offsets, opts.min_sample_len)
         samples = samples_by_row(batch, row, len(rows), opts)
         errors |= broken
         for i,n in enumerate(part): yield n,rows[i],[] if i in errors else samples[i],errors.get(i)

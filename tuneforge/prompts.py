@@ -80,7 +80,7 @@ class PromptFormat:
 def _has(row):
     "What a row has, and the format that it looks like"
     columns = [k for k,o in row.items() if o is not None]
-    like = next((t for names,t in ((("messages","conversations"), "chat_template"), (("text",), "completion")) if set(names) & set(columns)), None)
+    like = next((t for names,t in ((("messages","conversations"), "chat_template"), (("text",), "completion"), (("input_ids",), "tokens")) if set(names) & set(columns)), None)
     return (f"the row has {', '.join(f'`{k}`' for k in columns)}" if columns else "the row is empty")+(f", which looks like `type: {like}`" if like else "")
 
 _RENAMES = dict(custom="`field_instruction` and `field_output` beside it name other columns", completion="`field: …` names another column", pretrain="`text_column: …` names another column")
