@@ -550,7 +550,7 @@ def test_weights_of_internal_messages():
 
 
 @pytest.mark.parametrize("row, says", [
-    (dict(text="x"), "messages is null, but should be a list; the row has `text`"),
+    (dict(text="x"), "the row has no `messages`. It has `text`; `field_messages: …` names"), (dict(text="x", messages=None), "messages is null, but should be a list; the row has `text`"),
     (dict(messages=[]), "messages is empty"),
     (dict(messages="["), "messages is no JSON"),
     (dict(messages=[U, "Hi"]), r"messages\[1\] is text \('Hi'\), but should be an object"),
@@ -587,6 +587,20 @@ ASK = dict(role="user", content="Weather?")
 def test_a_template_that_drops_tool_calls_is_refused(name):
     with pytest.raises(UserError, match="messages.1..tool_calls: this chat template leaves them out"):
         encode_rows([dict(messages=[ASK, LOOK])], FORMAL | dict(chat_template=name), tokenizer())
+
+
+@pytest.mark.parametrize("name", [n for n, t in sorted(TEMPLATES.items()) if "tool_calls" not in t])
+def test_a_template_that_cannot_write_tool_calls_says_so(name):
+    "A call without content: the message is named, or else what the template has against tools"
+    row = dict(messages=[U, LOOK | dict(content=None)])
+    with pytest.raises(UserError) as e: prompt_format(DatasetOptions(path="x", type="chat_template", chat_template=name), tokenizer())(row)
+    assert str(e.value).startswith("messages[1].tool_calls: this chat template ") and "take one that writes them" in str(e.value)
+
+
+def test_a_template_that_reads_the_content_of_a_call_says_so(tmp_path):
+    (tmp_path/"t.jinja").write_text("{% for m in messages %}{{ m['content'] + (m.tool_calls|string) }}{% endfor %}")
+    with pytest.raises(UserError, match=r"^messages\[1\] has no content, but this chat template reads it: give the message an empty text"):
+        prompt_format(DatasetOptions(path="x", type="chat_template", chat_template_jinja=str(tmp_path/"t.jinja")), tokenizer())(dict(messages=[U, LOOK | dict(content=None)]))
 
 
 def test_a_template_that_writes_tool_calls_trains_them():

@@ -1,11 +1,12 @@
 "Preparing data: every row accounted for, whatever it is"
 import json
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tuneforge.config import DataOptions, DatasetOptions, TokenizerOptions, UserError
 from tuneforge.dataset import data_key, draw_valid, prepare_data
 from tuneforge.sources import load_rows
-from tuneforge.tokens import IGNORE, load_tokenizer
+from tuneforge.tokens import IGNORE, cut_up, load_tokenizer
 from tests.tools import write_jsonl
 
 TOK = load_tokenizer(TokenizerOptions(base_model="tiny:llama"))
@@ -161,3 +162,42 @@ def test_the_cache_follows_templates_and_own_code(tmp_path, monkeypatch):
     t.write_text(t.read_text()+"!")
     assert key(**jinja)!=first[0]
     assert key(type="chat_template", eot_tokens=["</s>"])!=key(type="chat_template")
+
+
+BARE, FULL = "Frage,Antwort\nWo?,Hier\n", "Frage,Antwort,input\nWann?,Jetzt,\nWo?,Hier,dort\n"
+
+@pytest.mark.parametrize("table, more, says", [(BARE, {}, True), (FULL, {}, False), (BARE, dict(no_input_format="{instruction}"), False), (BARE, dict(format="Q: {instruction}"), False)])
+def test_a_format_that_no_row_uses_is_said(tmp_path, table, more, says):
+    "A user's `format` wants an input, and the table has none"
+    (tmp_path/"x.csv").write_text(table)
+    kind = dict(field_instruction="Frage", field_output="Antwort", format="Q: {instruction} {input}\nA: ") | more
+    report = prepare_data(options(tmp_path, DatasetOptions(path=str(tmp_path/"x.csv"), type=kind)), TOK).report
+    assert any("no row has `input`" in n and "`no_input_format`" in n for n in report.sources[0].notes())==says
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(1, 20), st.integers(1, 12))
+def test_pieces_are_whole_and_none_is_too_short(sizes, size, least):
+    ends = np.cumsum(sizes)
+    starts = ends-sizes
+    a, b, of = cut_up(starts, ends, size, least)
+    for i, n in enumerate(sizes):
+        mine = [list(range(x, y)) for x, y, k in zip(a, b, of) if k==i]
+        assert sum(mine, [])==list(range(starts[i], ends[i])) and all(1<=len(o)<=size for o in mine) and len(mine)==-(-n//size)
+        assert all(len(o)==size for o in mine[:-2])
+        enough = max(2, least)
+        if len(mine)>1 and size+(n-1)%size+1>=2*enough: assert len(mine[-1])>=min(enough, size) and len(mine[-2])>=enough
+
+
+@pytest.mark.parametrize("type", ["alpaca", "completion"])
+@pytest.mark.parametrize("over", [1, 2, 5])
+def test_a_row_one_token_too_long_learns_to_stop(tmp_path, type, over):
+    "Each token is there once, the end is trained, and no piece is dropped"
+    f = write_jsonl(tmp_path/"x.jsonl", [dict(instruction="Who?", output="Bagol is a potter. "*5, text="Bagol is a potter. "*9)])
+    opts = lambda **kw: options(tmp_path, DatasetOptions(path=str(f), type=type), excess_length_strategy="split", on_untrained_row="keep", **kw)
+    whole = prepare_data(opts(), TOK).train[0]
+    data = prepare_data(opts(sequence_len=len(whole["input_ids"])-over, min_sample_len=4), TOK)
+    ids, labels = ([i for o in data.train[k] for i in o] for k in ("input_ids", "labels"))
+    assert (ids, labels)==(whole["input_ids"], whole["labels"]) and ids[-1]==TOK.eos_token_id
+    last = data.train["labels"][-1]
+    assert len(last)==max(4, over) and last[-1]==TOK.eos_token_id and data.report.sources[0].pieces=={}

@@ -256,7 +256,7 @@ def test_own_tokens_without_labels_need_their_type(tmp_path):
     rows = [dict(input_ids=[5, 6, 7]), dict(input_ids=[8, 9])]
     data = prep(tmp_path, [rows], entries=[dict(type="tokens")])
     assert data.train["input_ids"]==data.train["labels"]==[[5, 6, 7], [8, 9]]
-    with pytest.raises(UserError, match="x0.jsonl:1: instruction is null"): prep(tmp_path, [rows])
+    with pytest.raises(UserError, match="x0.jsonl:1: the row has no `instruction`.* looks like `type: tokens`"): prep(tmp_path, [rows])
 
 
 @pytest.mark.parametrize("row, says", [(dict(input_ids=[1, 10**6]), "input_ids\\[1\\] is 1000000, but should be an id below"), (dict(input_ids=[1, -1]), "input_ids\\[1\\] is -1"), (dict(input_ids=[1, 2.5]), "input_ids\\[1\\] is 2.5"),

@@ -51,6 +51,10 @@ CASES = [ # type, row, prompt, response
     ("context_qa.load_v2", dict(context="C.", question="Q?", answer="A."), "Context: C.\nQuestion: Q?\n", "Answer: A."),
     (dict(field_instruction="q", field_output="a", system_prompt="Sys.", system_format="[{system}] ", format="{{{instruction}}}|{input}|", no_input_format="Q {instruction}: "), dict(q="Q?", a="A.", input="X"), "[Sys.] {Q?}|X|", "A."),
     (dict(field_instruction="q", field_output="a"), dict(q="Q?", a="A."), "Q? ", "A."),
+    (dict(field_instruction="q", field_output="a", format="Q: {instruction}\nA: "), dict(q="Q?", a="A."), "Q: Q?\nA: ", "A."), # meant for all rows
+    (dict(field_instruction="q", field_output="a", format="Q: {instruction}\nA: "), dict(q="Q?", a="A.", input="X"), "Q: Q?\nA: ", "A."),
+    (dict(field_instruction="q", field_output="a", format="{{input}} {instruction}:"), dict(q="Q?", a="A."), "{input} Q?:", "A."),
+    (dict(field_instruction="q", field_output="a", format="Q: {instruction} {input}"), dict(q="Q?", a="A."), "Q? ", "A."), # as in Axolotl
     (dict(field_instruction="q", field_output="a"), dict(q="Q {input}", a="A.", system="S", input="X"), "SQ {input} X ", "A."),
 ]
 
@@ -205,16 +209,30 @@ def test_entries_that_are_not_valid(entry, says):
 
 
 @pytest.mark.parametrize("type, row, says", [
-    ("alpaca", dict(instruction="I?"), "output is null"), ("alpaca", dict(instruction="I?", output=5), r"output is a number \(5\)"), ("alpaca", ROW | dict(input=[1]), "input is a list"),
+    ("alpaca", dict(instruction="I?"), "the row has no `output`"), ("alpaca", dict(instruction="I?", output=None), "output is null or missing"), ("alpaca", dict(instruction="I?", output=5), r"output is a number \(5\)"), ("alpaca", ROW | dict(input=[1]), "input is a list"),
     ("explainchoice", CHOICE | dict(choices="a"), "choices is text"), ("explainchoice", CHOICE | dict(choices=["a", None]), r"choices\[1\] is null"), ("explainchoice", CHOICE | dict(solution=None), "explanation is null"),
     ("input_output", dict(segments=[dict(text="x")]), r"segments\[0\].label is null"), ("input_output", dict(segments=["x"]), r"segments\[0\] is text"),
     ("pygmalion", dict(conversations=[dict(role="gpt", value="x")]), r"conversations\[0\].role is 'gpt'"), ("pygmalion", dict(conversations=[]), "conversations is empty"),
     ("llama2_chat", dict(conversations=[{"from": "human", "value": "x"}]), "no question with an answer"), ("llama2_chat", dict(conversations=[{"from": "human", "value": "x"}]*2+[{"from": "gpt", "value": "x"}]), "human speaks twice"),
-    (dict(field_output="a"), dict(instruction="x"), "a is null")])
+    (dict(field_output="a"), dict(instruction="x"), "the row has no `a`")])
 def test_bad_rows_say_where(type, row, says):
     good = dict(ROW, a="x", question="Q", choices=["a"], solution="s", segments=[dict(text="x", label=True)])
     rows = [good, row] if type in ("alpaca", "explainchoice", "input_output") or isinstance(type, dict) else [row]
     with pytest.raises(UserError, match=rf"^row {len(rows)} \(rows\[{len(rows)-1}\]\): .*{says}"): encode_rows(rows, dict(type=type), tokenizer())
+
+
+@pytest.mark.parametrize("entry, row, says, not_says", [
+    (dict(type="alpaca"), dict(prompt="a", response="b"), ["the row has no `instruction`, which `type: alpaca` needs; the row has `prompt`, `response`. ", "a `type:` block: `field_instruction: …`, `field_output: …`"], "null"),
+    (dict(type="alpaca"), dict(Instructions="a", output="b"), ["no `instruction`", "did you mean `Instructions`? Other names"], "null"),
+    (dict(type=dict(field_instruction="Frag", field_output="Antwort")), dict(Frage="a", Antwort="b"), ["the row has no `Frag`, which `type:` needs; the row has `Frage`, `Antwort`, did you mean `Frage`? `field_instruction`"], "custom"),
+    (dict(type="completion"), dict(body="a"), ["the row has no `text`", "`field: …` names another column"], "field_instruction"),
+    (dict(type="alpaca"), dict(messages=[]), ["looks like `type: chat_template`"], "field_instruction"),
+    (dict(type="alpaca"), {}, ["the row has no `instruction`", "the row is empty"], "did you mean"),
+    (dict(type="chat_template", chat_template="chatml"), dict(message=[]), ["the row has no `messages`, did you mean `message`? It has `message`; `field_messages: …`"], "null")])
+def test_a_missing_column_is_named_and_how_to_name_another(entry, row, says, not_says):
+    with pytest.raises(UserError) as e: prompt_format(DatasetOptions(path="x", **entry), tokenizer())(row)
+    for s in says: assert s in str(e.value)
+    assert not_says not in str(e.value)
 
 
 @settings(deadline=None, max_examples=50)

@@ -458,7 +458,7 @@ def test_hub_offline_gives_the_same_and_never_another_revision(hub):
 
 # what is broken
 
-BROKEN = {"cut.jsonl.gz": (gzip.compress(os.urandom(9000).hex().encode()+b"\n")[:-20], r"cut.jsonl.gz:\d+: the file is cut off or damaged here"), "cut.jsonl.zst": (zst(lines(ROWS)*99)[:-9], r"cut.jsonl.zst:\d+: the file is cut off"), "no.jsonl.gz": (lines(ROWS), "no.jsonl.gz:1: the file is cut off or damaged"),
+BROKEN = {"cut.jsonl.gz": (gzip.compress(os.urandom(9000).hex().encode()+b"\n")[:-20], r"cut.jsonl.gz:\d+: the file is cut off or damaged here"), "cut.jsonl.zst": (zst(lines(ROWS)*99)[:-9], r"cut.jsonl.zst:\d+: the file is cut off"), "no.jsonl.gz": (lines(ROWS), "no.jsonl.gz: this is no gzip file: if it isn't compressed, take `.gz` off its name"), "no.csv.BZ2": (table(ROWS), "no.csv.BZ2: this is no bz2 file: .* take `.BZ2` off"), "no.txt.zst": (gzip.compress(b"x"), "no.txt.zst: this is no zstd file"),
     "utf.jsonl": (lines(ROWS[:1])+b'\n{"a": "\xff"}\n', "utf.jsonl:3: this is not UTF-8 text"), "utf.csv": (b"a,b\n1,2\n\xff,3\n", "utf.csv:3: this is not UTF-8 text"), "utf.txt": (b"a\n\n\xff\n", "utf.txt:3: this is not UTF-8 text"), "utf.json": (b'[{"a": "x"},\n{"a": "\xff"}]', "utf.json:2: this is not UTF-8"),
     "mid.jsonl": (lines(ROWS[:2])+b'{"a": \n'+lines(ROWS), "mid.jsonl:3:7: this line is not JSON"), "two.jsonl": (b'{"a": 1}\n{"a": 1} {"a": 2}\n', "two.jsonl:2:10: this line is not JSON: Extra data"), "half.jsonl": (b'{"a": "\\ud83d"}\n', "half.jsonl:1: half a character"), "nan.jsonl": (b'{"a": NaN}\n{"a": "x"}\n{"a": \n', "nan.jsonl:1: this line is not JSON: NaN is no number"),
     "list.jsonl": (b'{"a": 1}\n[1]\n', "list.jsonl:2: a row is a JSON object, this is list"), "array.json": (b'[{"a": 1},\n{"a" 2}]', "array.json:2:6: this is not JSON"), "array2.json": (b'[{"a": 1}, 5]', "array2.json: row 2: a row is a JSON object, this is int"), "deep.jsonl": (b'{"a": 1}\n'+b'{"a":'*100000+b'\n', "deep.jsonl:2: this line is not JSON"),
@@ -466,6 +466,24 @@ BROKEN = {"cut.jsonl.gz": (gzip.compress(os.urandom(9000).hex().encode()+b"\n")[
     "cells.csv": (b'a,b\n"1\n",2\n\n3\n', "cells.csv:5: 1 cells, but the header has 2"), "quote.csv": (b'a,b\n1,2\n"3,4\n5,6\n', "quote.csv:3: this is not CSV: unexpected end of data"), "twice.csv": (b"a,a\n1,2\n", "twice.csv:1: the header has 'a' twice"),
     "no.parquet": (b"PAR1xxxx", "no.parquet: no Parquet file, or a damaged one"), "cut.parquet": (parquet(ROWS)[:-50], "cut.parquet: no Parquet file"), "cut.arrow": (arrow(ROWS)[:400], "cut.arrow: no Arrow file, or a damaged one"), "lfs.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "lfs.parquet: this is only a pointer of Git LFS"),
     "x.bin": (b"x", "the suffix of x.bin does not tell what is in it; say `ds_type:`")}
+
+
+@pytest.mark.parametrize("code", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.tsv", "x.txt", "x.jsonl.gz"])
+def test_wide_text_is_recognised(name, code, tmp_path):
+    "One sentence for the file, rather than one for each line, however it is read"
+    text = ("\ufeff"+{"x.csv": "a,b\n1,2\n", "x.tsv": "a\tb\n1\t2\n", "x.txt": "a\nb\n", "x.json": '[{"a": 1}]'}.get(name, '{"a": 1}\n{"a": 2}\n')).encode(code)
+    (tmp_path/name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    for read in (lambda: load_rows(entry(tmp_path/name)), lambda: read_rows(entry(tmp_path/name), "skip"), lambda: list(stream_rows(entry(tmp_path/name)))):
+        with pytest.raises(UserError, match=rf"{name}: this looks like {code[:6].upper()} text: save the file as UTF-8") as e: read()
+        assert "\n" not in str(e.value)
+
+
+def test_broken_lines_name_the_way_out(tmp_path):
+    (tmp_path/"x.jsonl").write_bytes(b'{"a": 1}\n'+b'{"a": \n'*12)
+    with pytest.raises(UserError) as e: load_rows(entry(tmp_path/"x.jsonl"))
+    assert str(e.value).endswith("… and 2 more\n`on_bad_row: skip` leaves such rows out")
+    assert len(as_rows(read_rows(entry(tmp_path/"x.jsonl"), "skip")[:])[1])==12 # and it does
 
 
 @pytest.mark.parametrize("name", BROKEN)

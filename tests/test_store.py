@@ -272,3 +272,25 @@ def test_a_place_that_cannot_be_written_still_reads(tmp_path):
 
 
 def test_digests_are_of_values(): assert digest(dict(a=1, b=[2]))==digest(dict(b=[2], a=1))!=digest(dict(a=1, b=["2"])) and digest("x")==digest(b"x") and len(digest("x"))==16
+
+
+# ---- places that cannot be written, and long reasons
+
+@pytest.mark.parametrize("place, says", [("/proc/zz/prepared", "No such file"), ("a.jsonl", "File exists"), ("a.jsonl/below", "Not a directory")])
+def test_a_place_that_cannot_be_written_is_said(home, place, says):
+    opts = DataOptions(datasets=[DatasetOptions(path="a.jsonl")], dataset_prepared_path=place)
+    with pytest.raises(UserError) as e: prepare_data(opts, TOK)
+    assert f"`dataset_prepared_path`: cannot write to {place}: {says}" in str(e.value) and "Name a folder" in str(e.value)
+
+
+def test_a_long_list_of_changes_is_cut(home):
+    entry = lambda f: DatasetOptions(path=f)
+    for i in range(9): write_jsonl(home/f"n{i}.jsonl", [dict(instruction=f"n{i}", output="b")]*3)
+    prepare_data(DataOptions(datasets=[entry("a.jsonl")]), TOK)
+    others = [entry(f"n{i}.jsonl") for i in range(9)]
+    said = why_miss(DataOptions(datasets=others, sequence_len=100), TOK)
+    assert "other datasets: none of their files is the same" in said and "sequence_len: " in said and "datasets[" not in said and said.count("\n")<8
+    said = why_miss(DataOptions(datasets=[entry("a.jsonl"), *others]), TOK) # one file is shared: its entry is the same
+    assert "other datasets" not in said and "datasets[1]" in said and "datasets[0]" not in said
+    parts = [key_parts(DataOptions(datasets=o), TOK) for o in ([entry("a.jsonl")], [entry("a.jsonl"), *others])]
+    assert said.splitlines()[-1]==f"  … and {len(changes(*parts))-10} more" and said.count("\n")==11

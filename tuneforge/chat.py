@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from .config import CHECKS, DatasetOptions, log
-from .document import Document, Problem, UserError, nearest
+from .document import Document, Problem, UserError, did_you_mean, nearest
 from .remote import is_url
 from .prompts import FORMATS, PromptFormat, Segment, find_format, kind, need, register
 from .templates import TEMPLATES, resolve_template
@@ -28,6 +28,13 @@ def _renderer():
     from transformers.utils.chat_template_utils import render_jinja_template
     return render_jinja_template,(TemplateError, TypeError, KeyError, AttributeError)
 
+def _complaint(e, messages, template):
+    "What a template has against a conversation; of a message without content it could only say that in its own terms"
+    bare = next((i for i,m in enumerate(messages) if "content" not in m), None)
+    if bare is None or "'content'" not in str(e): return f"messages: the chat template refuses this conversation: {e}"
+    if not messages[bare].get("tool_calls") or "tool_calls" in template: return f"messages[{bare}] has no content, but this chat template reads it: give the message an empty text, or take another template"
+    return f"messages[{bare}].tool_calls: this chat template cannot write them, and the message says nothing else; take one that writes them, such as the model's own"
+
 def render_all(
     conversations:list[list[dict]], # each a list of messages, with `role` and `content`
     template:str, # Jinja text
@@ -39,7 +46,7 @@ def render_all(
     "Render conversations. Raises `UserError` with the template's own complaint."
     jinja,errors = _renderer()
     try: return jinja(conversations, tools=tools, chat_template=template, return_assistant_tokens_mask=blocks, add_generation_prompt=generation_prompt, **values)
-    except errors as e: raise UserError(f"messages: the chat template refuses this conversation: {e}") from e
+    except errors as e: raise UserError(_complaint(e, conversations[0], template)) from e
 
 def render(
     messages:list[dict], # `role` and `content` each
@@ -357,6 +364,7 @@ def _column(row, opts):
     if row.get(name) is None and "field_messages" not in opts.model_fields_set and row.get("conversations") is not None:
         name = "conversations"
         _say_once(f"{opts.path}: rows have no `messages`; `field_messages: conversations` is used")
+    if name not in row: raise UserError(f"the row has no `{name}`{did_you_mean(name, row) or '.'} It has {', '.join(f'`{k}`' for k in row) or 'nothing'}; `field_messages: …` names the column of the messages")
     rows = _parsed(row.get(name), name)
     if not need(rows, list, name, f"; the row has {', '.join(f'`{k}`' for k,v in row.items() if v is not None)}"): raise UserError(f"{name} is empty")
     return [need(m, dict, f"{name}[{i}]") for i,m in enumerate(rows)],name

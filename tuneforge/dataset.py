@@ -25,7 +25,7 @@ from .mixing import MIX, SHUFFLE, again, copies, draw, draw_valid, fingerprints,
 from .engines import Encoder, choose_encoder, verified
 from .files import as_rows, raw_row
 from .hub import ask_hub, fetch_folder, hub_place, push_folder
-from .prompts import FORMATS, find_format, own_function, prompt_format, with_defaults
+from .prompts import FORMATS, find_format, own_function, prompt_format, with_defaults, without_input
 from .report import BAD, CUT_UNTRAINED, HELD_OUT, LONG, LOST, OTHER_SHARD, OVER_CAP, REASONS, SHORT, TWICE, UNDER_WEIGHT, UNTRAINED, DataReport, SourceReport, check_losses, length_counts, load_report, save_report, tally
 from .sources import fingerprint, is_local, load_rows, read_rows, row_places
 from .store import MANIFEST, digest, is_whole, made_once, why_missing
@@ -66,7 +66,7 @@ def fit_lengths(
     size,how,ends = opts.sequence_len,opts.excess_length_strategy,batch.ends
     starts,sample = np.append(0, ends)[:-1],np.arange(len(ends))
     long = (ends-starts>size) | batch.cut
-    if how=="split": starts,ends,sample = cut_up(starts, ends, size)
+    if how=="split": starts,ends,sample = cut_up(starts, ends, size, opts.min_sample_len)
     if how=="truncate": ends = np.minimum(ends, starts+size)
     on = np.append(0, np.cumsum(batch.labels!=IGNORE)) # the first token is predicted from nothing
     reason = drop_reason(ends-starts, on[ends]-on[np.minimum(starts+1, ends)], long & (how in ("drop","raise")) if how!="split" else False, opts)
@@ -107,7 +107,7 @@ def _tokenise(columns, numbers, entry, fmt, opts, encoder, taken=None):
     import pyarrow as pa
     numbers = np.array(numbers) if taken is None else taken[numbers]
     rows,broken = as_rows(columns.to_pydict() if isinstance(columns, pa.Table) else columns)
-    batch,row,errors = tokenise_rows(rows, fmt, encoder, needed_length(opts), opts.train_on_inputs)
+    batch,row,errors = tokenise_rows(rows, fmt, encoder, needed_length(opts), opts.train_on_inputs, least=opts.min_sample_len)
     errors |= broken
     good = fit_lengths(batch, opts)
     if stop := stopping_row(batch, good, row, errors, opts): raise UserError(f"{row_places(entry, [int(numbers[stop[0]])+1])[0]}: {stop[1]}")
@@ -256,7 +256,7 @@ def _each(ds, numbers, fmt, opts, tokenizer, want_offsets=False):
     for a in range(0, len(numbers), 1000):
         part = numbers[a:a+1000]
         rows,broken = as_rows(ds[[n-1 for n in part]])
-        batch,row,errors = tokenise_rows(rows, fmt, tokenizer, needed_length(opts), opts.train_on_inputs, want_offsets)
+        batch,row,errors = tokenise_rows(rows, fmt, tokenizer, needed_length(opts), opts.train_on_inputs, want_offsets, opts.min_sample_len)
         samples = samples_by_row(batch, row, len(rows), opts)
         errors |= broken
         for i,n in enumerate(part): yield n,rows[i],[] if i in errors else samples[i],errors.get(i)
@@ -551,13 +551,20 @@ def texts_of(
     return res
 
 # %% ../nbs/14_dataset.ipynb #986b59d2
+def _unused_format(spec, rows):
+    "What to say of a `format` for rows with an input, when there are none"
+    if isinstance(spec, str) or spec.no_input_format is not None or "format" not in spec.model_fields_set or (bare := without_input(spec))==spec.format: return []
+    for a in range(0, len(rows), 1000):
+        if any(r.get(spec.field_input) for r in as_rows(rows[a:a+1000])[0]): return []
+    return [f"no row has `{spec.field_input}`, so `type.format` is used for none of them: their prompt is {bare!r}. Give `no_input_format`, or `field_input` if the column has another name"]
+
 def _prepare(entry, number, opts, encoder, folder, role):
     "One entry, tokenised into `folder`, with its report"
     folder.mkdir(parents=True)
     entry,tokenizer = with_defaults(entry, opts),encoder.tokenizer
     fmt,rows = prompt_format(entry, tokenizer),read_rows(entry, opts.on_bad_row)
     encoder = _proven(encoder, rows, fmt, opts, entry.path)
-    report = SourceReport(entry.path, role, rows_in=len(rows), engine=encoder.engine.name)
+    report = SourceReport(entry.path, role, rows_in=len(rows), engine=encoder.engine.name, hints=_unused_format(entry.type, rows))
     part = Part.of(entry, prepare_source(entry, rows, fmt, opts, encoder, folder, take_rows(len(rows), entry.max_rows, opts.seed, number)), report)
     report.bad = list_bad(part, rows, folder.parent/"quarantine.jsonl" if opts.on_bad_row=="quarantine" else None)
     golden = _compare(entry, rows, fmt, opts, tokenizer, report)

@@ -24,6 +24,7 @@ KINDS = dict(json=".json .jsonl .ndjson", csv=".csv", tsv=".tsv", parquet=".parq
 "kind of file -> its suffixes"
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 "suffix of a compressed file -> how it is compressed"
+_MAGIC = dict(gzip=(b"\x1f\x8b",), zstd=(b"\x28\xb5\x2f\xfd", *(bytes([o])+b"\x2a\x4d\x18" for o in range(0x50, 0x60))), bz2=(b"BZh",)) # what such files begin with
 
 def kind_of(
     name:str|Path, # of a file
@@ -57,6 +58,13 @@ def _whole_lines(f): # before the damage
             while data := stream.read(512): n += data.count(b"\n")
         except OSError: return n
 
+_WIDE = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"} # byte order marks, the longer ones first
+
+def _after_mark(data, f):
+    "The beginning of a file without its byte order mark"
+    if wide := next((o for mark,o in _WIDE.items() if data.startswith(mark)), None): raise UserError(f"{f.shown}: this looks like {wide} text: save the file as UTF-8 (`iconv -f {wide} -t UTF-8`; of a spreadsheet, as “CSV UTF-8”)")
+    return data.removeprefix(b"\xef\xbb\xbf")
+
 def blocks(
     f:DataFile, # of lines
 ) -> Iterator[tuple[int,bytes]]: # (number of the first line, whole lines)
@@ -65,7 +73,7 @@ def blocks(
     try:
         with _open(f) as stream:
             while data := stream.read(BLOCK):
-                if line==1 and not rest and data.startswith(b"\xef\xbb\xbf"): data = data[3:] # a byte order mark
+                if line==1 and not rest: data = _after_mark(data, f)
                 end = data.rfind(b"\n")+1
                 if end: yield line,(block := b"".join([*rest, data[:end]]))
                 line,rest = (line+block.count(b"\n"),[data[end:]]) if end else (line,[*rest, data])
@@ -195,9 +203,13 @@ def _json_rows(f):
 def check_file(
     f:DataFile, # of any kind
 ) -> None:
-    "Raises `UserError` for a file that is empty, or only stands for another one"
+    "Raises `UserError` for a file that is empty, only stands for another one, or is not compressed as its name says"
     if not (size := f.path.stat().st_size): raise UserError(f"{f.shown}: the file is empty")
     if size<1024 and f.path.read_bytes().startswith(b"version https://git-lfs"): raise UserError(f"{f.shown}: this is only a pointer of Git LFS to the file: fetch it with `git lfs pull`")
+    packed = PACKED.get((suffix := f.path.suffix).lower())
+    if not packed or f.kind in ("parquet","arrow"): return
+    with open(f.path, "rb") as file: head = file.read(4)
+    if not head.startswith(_MAGIC[packed]): raise UserError(f"{f.shown}: this is no {packed} file: if it isn't compressed, take `{suffix}` off its name")
 
 def file_rows(
     f:DataFile, # of any kind
@@ -407,7 +419,7 @@ def _first_errors(files, ds, n=10):
     bad = pc.indices_nonzero(pc.is_valid(ds.data.column("_error"))).to_pylist()
     spots = zip(places(files, [i+1 for i in bad[:n]]), ds.data.column("_error").take(bad[:n]).to_pylist())
     said = [p+re.sub(r"^: (.*) \(character (\d+)\)$", r":\2: \1", f": {e}") for p,e in spots]
-    return "\n".join(said + [f"… and {len(bad)-n} more"]*(len(bad)>n))
+    return "\n".join([*said, *[f"… and {len(bad)-n} more"]*(len(bad)>n), "`on_bad_row: skip` leaves such rows out"])
 
 def read_table(
     files:list[DataFile], # of one kind, or of kinds that go together

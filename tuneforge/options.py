@@ -304,7 +304,7 @@ class CustomFormat(Options):
     field_input:str = _opt("input", "column of the input")
     field_output:str = _opt("output", "column of the response")
     format:str = _opt("{instruction} {input} ", "the prompt, where there is an input")
-    no_input_format:str = _opt("{instruction} ", "the prompt, where there is none")
+    no_input_format:str|None = _opt(None, "the prompt, where there is none; without it, `format` if that has no place for `{input}`, and else `{instruction} `")
     field:str|None = _opt(None, "of Axolotl's documentation; `completion` names its column beside `type`")
 
 class FormatOptions(SourceOptions):
@@ -423,7 +423,7 @@ class DataOptions(PreparedOptions):
     sequence_len:int = _opt(512, "longest row, in tokens; longer rows are dropped and counted, `completion` rows are split", gt=1)
     eval_sequence_len:int|None = _opt(None, "the same for `test_datasets`, if it differs", gt=1)
     min_sample_len:int = _opt(2, "shortest row, in tokens", gt=0)
-    excess_length_strategy:Literal["drop","truncate","split","raise"] = _opt("drop", "what becomes of longer rows: dropped, cut at the end, cut into pieces that are all kept, or an error; `completion` rows are always cut into pieces")
+    excess_length_strategy:Literal["drop","truncate","split","raise"] = _opt("drop", "what becomes of longer rows: dropped, cut at the end, cut into pieces (a last one shorter than `min_sample_len` takes some of the one before), or an error; `completion` rows are always cut into pieces")
     max_prompt_len:int = _opt(512, "longest prompt of a preference pair, in tokens", gt=0)
     train_on_inputs:bool = _opt(False, "train prompts as well as responses")
     chat_template_kwargs:dict|None = _opt(None, "more variables for the chat template, such as `enable_thinking`")

@@ -7,8 +7,8 @@ Docs: https://tuneforge.github.io/tuneforge/prompts.html.md"""
 # %% auto #0
 __all__ = ['log', 'FORMATS', 'LAYOUTS', 'STYLES', 'PREAMBLES', 'INSTRUCT', 'ALIASES', 'LLAMA2_SYSTEM', 'Segment', 'kind', 'need',
            'PromptFormat', 'register', 'fill', 'Layout', 'Instruct', 'instruct', 'completion', 'own_tokens_format',
-           'input_output', 'speech', 'pygmalion', 'llama2_chat', 'custom', 'own_function', 'from_function',
-           'with_defaults', 'find_format', 'prompt_format']
+           'input_output', 'speech', 'pygmalion', 'llama2_chat', 'without_input', 'custom', 'own_function',
+           'from_function', 'with_defaults', 'find_format', 'prompt_format']
 
 # %% ../nbs/11_prompts.ipynb #4ab1e97d
 import importlib,importlib.util,inspect,logging,re,sys
@@ -67,9 +67,10 @@ class PromptFormat:
     def __call__(self,
         row:dict, # column -> value
     ) -> list[Segment]: # its text
-        "The segments of a row. Raises `UserError` that begins with the column at fault."
+        "The segments of a row. Raises `UserError` that names the column at fault."
         for c,t in self.columns.items():
-            need(row.get(c), t, c, f", which `type: {self.name}` needs; {_has(row)}" if row.get(c) is None else "")
+            if row.get(c) is None: raise UserError(_lacks(row, c, t, self.name))
+            need(row[c], t, c)
         segments = self.segments(row)
         if not segments: raise UserError(f"there is no text in this row: {_has(row)}")
         for s in segments:
@@ -79,8 +80,18 @@ class PromptFormat:
 def _has(row):
     "What a row has, and the format that it looks like"
     columns = [k for k,o in row.items() if o is not None]
-    like = next((t for names,t in ((("messages","conversations"), "chat_template"), (("text",), "completion")) if set(names) & set(columns)), None)
+    like = next((t for names,t in ((("messages","conversations"), "chat_template"), (("text",), "completion"), (("input_ids",), "tokens")) if set(names) & set(columns)), None)
     return (f"the row has {', '.join(f'`{k}`' for k in columns)}" if columns else "the row is empty")+(f", which looks like `type: {like}`" if like else "")
+
+_RENAMES = dict(custom="`field_instruction` and `field_output` beside it name other columns", completion="`field: …` names another column", pretrain="`text_column: …` names another column")
+
+def _lacks(row, column, wanted, name):
+    "What is missing in a row, and how to mend it"
+    said = f"{column} is null or missing, but should be {kind(wanted())}" if column in row else f"the row has no `{column}`"
+    has = _has(row)
+    how = "" if wanted is not str or " looks like " in has else _RENAMES.get(name, "other names of columns go into a `type:` block: `field_instruction: …`, `field_output: …`")
+    near = did_you_mean(column, [k for k,o in row.items() if o is not None])
+    return f"{said}, which `type:{'' if name=='custom' else f' {name}'}` needs; {has}{near}{('' if near else '.')+f' {how[0].upper()}{how[1:]}' if how else ''}"
 
 def _encodable(text):
     try: text.encode()
@@ -348,19 +359,29 @@ def llama2_chat(
     return PromptFormat("llama2_chat", dict(conversations=list), segments, prompt)
 
 # %% ../nbs/11_prompts.ipynb #8fa8185c
+def _asked(template): return _places(re.sub(r"\{\{|\}\}", "", template)) # a doubled brace is text
+
+def without_input(
+    spec:CustomFormat, # from the config
+) -> str: # with `{instruction}`
+    "The prompt of rows that have no input: a `format` that doesn't ask for one is meant for them, too"
+    if spec.no_input_format is not None: return spec.no_input_format
+    return "{instruction} " if "input" in _asked(spec.format) else spec.format
+
 def custom(
     spec:CustomFormat, # from the config
 ) -> PromptFormat: # prompt and response, tokenised apart
     "An inline format"
     for key,known in dict(format=("instruction","input"), no_input_format=("instruction",), system_format=("system",)).items():
-        odd = [n for n in _places(re.sub(r"\{\{|\}\}", "", getattr(spec, key))) if n not in known]
+        odd = [n for n in _asked(getattr(spec, key) or "") if n not in known]
         if odd: raise UserError(f"datasets: `type.{key}` has a place {{{odd[0]}}}; it may have {', '.join(f'{{{n}}}' for n in known)}")
     if spec.field: log.warning("`type.field` says nothing in an inline format: `completion` takes its column from `field` beside `type`")
     text = lambda row,column: need(row[column], str, column) if row.get(column) is not None else ""
+    bare = without_input(spec)
     def prompt(row):
         system,input = text(row, spec.field_system) or spec.system_prompt,text(row, spec.field_input)
         head = fill(spec.system_format, system=system) if system else ""
-        return head+fill(spec.format if input else spec.no_input_format, instruction=row[spec.field_instruction], input=input)
+        return head+fill(spec.format if input else bare, instruction=row[spec.field_instruction], input=input)
     segments = lambda row: [Segment(prompt(row), False, "user"), Segment(row[spec.field_output], True, "assistant", eos=1)]
     return PromptFormat("custom", {spec.field_instruction: str, spec.field_output: str}, segments, prompt)
 

@@ -75,6 +75,7 @@ class SourceReport:
     bad:list=field(default_factory=list) # what is wrong with the first rows that are no good: `file:line: field …`
     compared:int=0 # rows whose inference prompt was compared with their tokens
     disagree:list=field(default_factory=list) # where they differ
+    hints:list=field(default_factory=list) # what else its user should know
 
     @property
     def lost(self) -> int: # rows
@@ -82,11 +83,11 @@ class SourceReport:
         return sum(self.dropped.get(why, 0) for why in LOST)
     def notes(self) -> list[str]: # lines
         "What a table has no column for"
-        n = lambda k,what: [f"{k:,} {what}"]*bool(k)
+        n = lambda k,what: [f"{k:,} {what if k!=1 else what.replace('s ', ' ', 1)}"]*bool(k) # 1 sample, 2 samples
         res = n(self.repeats, "samples repeated for its `weight`")+n(self.truncated, "samples cut at the end")+n(self.split, "rows cut into several samples")
         res += [f"{k:,} {why}{': ' if (at := self.examples.get(why)) else ''}{', '.join(at or [])}{' …' if at and k>len(at) else ''}" for why,k in self.dropped.items()]
-        res += [f"{k:,} pieces {why}" for why,k in self.pieces.items()] + _first("no good", self.dropped.get(REASONS[BAD], 0), self.bad)
-        return res+_first(f"of {self.compared:,} rows where inference and training differ", len(self.disagree), self.disagree)
+        res += [o for why,k in self.pieces.items() for o in n(k, f"pieces {why}")] + _first("no good", self.dropped.get(REASONS[BAD], 0), self.bad)
+        return self.hints+res+_first(f"of {self.compared:,} rows where inference and training differ", len(self.disagree), self.disagree)
 
 def _first(what, n, notes): return [f"{n:,} {what}:"]*bool(notes) + [f"  {o}" for o in notes[:3]] + ["  …"]*(n>3 and bool(notes))
 

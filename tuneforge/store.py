@@ -42,6 +42,13 @@ def changes(
     diff = [k for k in sorted({*old, *new}) if old.get(k)!=new.get(k)]
     return [k if hashed(old.get(k)) and hashed(new.get(k)) else f"{k}: {shown(old.get(k))} → {shown(new.get(k))}" for k in diff]
 
+def _told(diff, old, new, n=10):
+    "The first differences; one word for those between datasets that share no file"
+    files = lambda parts: {v for k,v in parts.items() if ": content " in k}
+    theirs = [k for k in diff if k.startswith(("datasets[","test_datasets["))]
+    if len(theirs)>n and not files(old) & files(new): diff = ["other datasets: none of their files is the same", *[k for k in diff if k not in theirs]]
+    return diff[:n]+[f"… and {len(diff)-n} more"]*(len(diff)>n)
+
 def why_missing(
     folder:Path, # named after its parts
     parts:dict, # what it depends on
@@ -50,8 +57,8 @@ def why_missing(
     made = [(f, m) for f in (sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []) if not f.name.endswith(".part") and (m := read_manifest(f))]
     if not made: return f"nothing has been prepared in {folder.parent} yet"
     made.sort(key=lambda o: o[1]["made"], reverse=True) # of several, the newest
-    diff,when,near = min(((changes(m["parts"], parts), m["made"], f) for f,m in made), key=lambda o: len(o[0]))
-    return f"changed since {near.name} was prepared ({when}):"+"".join(f"\n  {d}" for d in diff)
+    diff,m,near = min(((changes(m["parts"], parts), m, f) for f,m in made), key=lambda o: len(o[0]))
+    return f"changed since {near.name} was prepared ({m['made']}):"+"".join(f"\n  {d}" for d in _told(diff, m["parts"], parts))
 
 # %% ../nbs/09_store.ipynb #6550b91c
 def _sync(path):
@@ -102,10 +109,9 @@ def made_once(
     parts:dict, # what it depends on
     make:Callable, # given an empty folder, fills it
 ) -> tuple[bool,str]: # (whether this process made it, for a person: whether it was there, and why not)
-    "Have a folder made by whoever comes first. Raises `UserError` when the disk is full."
+    "Have a folder made by whoever comes first. Raises `UserError` when the disk is full, or it cannot be written there."
     if is_whole(folder): return False,"found: nothing that it depends on has changed"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
             if is_whole(folder): return False,"found: another process has just prepared it"
             why = "the one that was there is damaged" if folder.exists() else why_missing(folder, parts)
@@ -130,6 +136,9 @@ def _lock_file(folder): return folder.with_name(f"{folder.name}.lock")
 def _lock(folder):
     "The lock of a folder, taken; says so when another process holds it"
     lock = FileLock(_lock_file(folder))
-    try: return lock.acquire(blocking=False)
+    try: folder.parent.mkdir(parents=True, exist_ok=True); return lock.acquire(blocking=False)
     except Timeout: log.warning(f"another process prepares {folder}: waiting for it")
+    except OSError as e:
+        if disk_full(e): raise
+        raise UserError(f"`dataset_prepared_path`: cannot write to {folder.parent}: {e.strerror or e}. Name a folder that can be written, or leave the key out") from e
     return lock.acquire(poll_interval=0.2)

@@ -104,7 +104,7 @@ def _samples(self:Feed, found):
     errors = {i: e for i,(*_,e) in enumerate(found) if e}
     if opts.tokenizer_verify=="all" or entry.rows_in<opts.tokenizer_verify: self.encoder = verified(self.encoder, texts_of(rows, errors, self.fmt), entry.path)
     entry.engine = self.encoder.engine.name
-    batch,row,wrong = tokenise_rows(rows, self.fmt, self.encoder, needed_length(opts), opts.train_on_inputs)
+    batch,row,wrong = tokenise_rows(rows, self.fmt, self.encoder, needed_length(opts), opts.train_on_inputs, least=opts.min_sample_len)
     errors,pieces = wrong | errors,fit_lengths(batch, opts)
     if stop := stopping_row(batch, pieces, row, errors, opts): raise UserError(f"{found[stop[0]][0]}: {stop[1]}")
     good = ((pieces.reason==0) | (pieces.reason==CUT)) & ~np.isin(row[pieces.sample], list(errors))

@@ -346,16 +346,22 @@ def cut_up(
     starts:np.ndarray, # of extents
     ends:np.ndarray, # of extents
     size:int, # of a piece, at most
+    least:int=2, # of the last one, where there is room: of a single token nothing could be learned
 ) -> tuple: # (starts, ends, number of its extent) of each piece
-    "Cut extents into pieces"
+    "Cut extents into pieces; a last one that would be too short takes some of the one before"
     n = np.maximum(1, -(-(ends-starts)//size))
     within = np.arange(int(n.sum()))-np.repeat(np.cumsum(n)-n, n)
     begin = np.repeat(starts, n)+within*size
-    return begin,np.minimum(begin+size, np.repeat(ends, n)),np.repeat(np.arange(len(ends)), n)
+    end = np.minimum(begin+size, np.repeat(ends, n))
+    short = (least := max(2, least))-(end-begin)
+    poor = np.flatnonzero((within>0) & (short>0) & (size-short>=least))
+    begin[poor] -= short[poor]
+    end[poor-1] -= short[poor]
+    return begin,end,np.repeat(np.arange(len(ends)), n)
 
-def _chunked(batch, size):
+def _chunked(batch, size, least=2):
     "With samples cut into pieces of at most `size` tokens"
-    _,ends,i = cut_up(np.append(0, batch.ends)[:-1], batch.ends, size)
+    _,ends,i = cut_up(np.append(0, batch.ends)[:-1], batch.ends, size, least)
     return replace(batch, ends=ends, cut=batch.cut[i], source=batch.source[i])
 
 def _with_own(batch, own):
@@ -374,6 +380,7 @@ def tokenise_rows(
     sequence_len:int, # at which long texts are cut into pieces
     train_on_inputs:bool=False, # train prompts as well
     want_offsets:bool=False, # say which characters each token covers
+    least:int=2, # tokens of the last piece
 ) -> tuple[Batch,np.ndarray,dict]: # (samples, index of the row of each, index -> `UserError` of rows that are no good)
     "Format and tokenise a batch of rows"
     encoder,own,segments,errors = Encoder.of(tokenizer),{},{},{}
@@ -384,7 +391,7 @@ def tokenise_rows(
         except UserError as e: errors[i] = e
     limit = sequence_len if fmt.bos and not fmt.chunked else None
     batch = tokenise(encoder, list(segments.values()), fmt.bos, train_on_inputs, limit, want_offsets)
-    if fmt.chunked: batch = _chunked(batch, sequence_len)
+    if fmt.chunked: batch = _chunked(batch, sequence_len, least)
     if own: batch = _with_own(batch, own)
     return batch,np.array([*segments, *own], np.int64)[batch.source],errors
 
