@@ -97,6 +97,7 @@ def _encodable(text):
     try: text.encode()
     except UnicodeEncodeError as e: raise UserError(f"the text holds half a character ({text[e.start]!r}, a lone surrogate)") from e
 
+# %% ../nbs/11_prompts.ipynb #ad38f80b
 FORMATS = {} # name -> function of (`DatasetOptions`, tokenizer) that gives a `PromptFormat`
 
 def register(
