@@ -54,7 +54,7 @@ def village(home, chat):
     return rows
 
 
-@pytest.fixture(scope="module", params=[pytest.param(k, marks=[pytest.mark.slow]*(k in ("qlora", "relora"))) for k in KINDS])
+@pytest.fixture(scope="module", params=[pytest.param(k, marks=[pytest.mark.slow]*(k!="lora")) for k in KINDS])
 def home(request, tmp_path_factory):
     "A folder as a user has it: one YAML, data, nothing else"
     d = tmp_path_factory.mktemp(request.param)

@@ -80,7 +80,7 @@ RUNS = dict(full={}, accumulated=dict(gradient_accumulation_steps=2, float32=Tru
     evaluated=dict(val_set_size=0.1, eval_steps=2, neftune_noise_alpha=5, optimizer="schedule_free_adamw", lr_scheduler="constant"), half=dict(bf16=True))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow]*(n in ("rows_of_a_step", "half"))) for n in RUNS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow]*(n not in ("accumulated", "packed"))) for n in RUNS])
 def test_it_is_the_run_with_the_number_that_fits(data, tmp_path, name, caplog):
     "Bit for bit, dropout and noise and all; and, without them, to rounding the run that was asked for"
     kw = RUNS[name]
@@ -121,6 +121,7 @@ def test_the_heaviest_is_tried_first(data, tmp_path):
     assert longest[0]==max(longest)==max(len(o) for o in prepare_data(cfg, load_tokenizer(cfg)).train["input_ids"])
 
 
+@pytest.mark.slow
 def test_a_stream_is_tried_with_full_rows(tmp_path):
     texts = [dict(text=t["text"]) for t in Village().texts(2)]
     write_jsonl(tmp_path/"t.jsonl", texts)
@@ -219,6 +220,7 @@ def test_ranks_agree(data, tmp_path):
     assert [h["loss"] for h in two["history"] if "loss" in h]==pytest.approx(losses(one), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_that_really_runs_out(data, tmp_path):
     "A process that may have no more than so many bytes: fewer rows are found, and the run comes to its end"
     (tmp_path/"c.yml").write_text(json.dumps(keys(data, tmp_path/"out", base_model="tiny:llama?num_hidden_layers=1", sequence_len=512, pad_to_sequence_len=True, micro_batch_size=32, max_steps=1)))

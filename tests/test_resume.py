@@ -67,7 +67,7 @@ def same(a, b):
     return a==b
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
+@pytest.fixture(scope="module", params=[pytest.param("full", marks=pytest.mark.slow), "lora"])
 def whole(request, data, tmp_path_factory):
     "A run that was never stopped"
     kw = LORA if request.param=="lora" else {}

@@ -31,6 +31,7 @@ print(hashlib.sha256((f/"model.safetensors").read_bytes()+(f/"tokenizer.json").r
 """
 
 
+@pytest.mark.slow
 def test_the_same_name_gives_the_same_model_everywhere(tmp_path):
     a, b = (run(sys.executable, "-c", CODE, env=dict(XDG_CACHE_HOME=str(tmp_path/n), PYTHONHASHSEED=s)) for n, s in (("a", "1"), ("b", "2")))
     assert a.returncode==0, a.stderr
