@@ -16,6 +16,7 @@ import yaml
 from .adapters import BASE_FILE
 from .config import Config, log
 from .dataset import train_entries
+from .folder import write_text
 from .prompts import prompt_format
 from .record import in_words, without_homes
 from .sources import is_local
@@ -202,9 +203,7 @@ def write_card(
     if at.is_file() and not is_ours(at.read_text(encoding="utf-8")):
         at = folder/OTHER
         log.warning(f"{folder/CARD} is not of a run's making, and stays; the card of this run is {at}")
-    part = at.with_name(f".{at.name}.part")
-    part.write_text(sealed(text), encoding="utf-8")
-    part.replace(at)
+    write_text(at, sealed(text))
     return at
 
 # %% ../nbs/31_card.ipynb #6b23b5fe

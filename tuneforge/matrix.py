@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from .adapters import add_adapter
 from .attention import set_attention
-from .checkpoint import write_text
+from .folder import write_text
 from .config import Config, UserError, load_config
 from .infer import load_finetuned
 from .merge import merge, probe_logits

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from .adapters import BASE_FILE, CHANGES_BASE, adapter_folder, load_adapter, load_base, unshare
-from .checkpoint import write_text
+from .folder import write_text
 from .config import Config, ModelOptions, UserError, log
 from .models import finished, load_model, model_class, model_config
 from .precision import best_device, choose_precision, expert_weights, made_with, overlooked_layers, quantisation

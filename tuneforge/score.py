@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 import torch
-from .checkpoint import write_text
+from .folder import write_text
 from .config import Config, DataOptions, DatasetOptions, EvalOptions, UserError, log
 from .dataset import prepare_data, sample_lengths, train_entries
 from .derive import streams

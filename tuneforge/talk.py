@@ -13,7 +13,7 @@ import hashlib,json,os
 from dataclasses import dataclass,field
 from pathlib import Path
 from pydantic import ValidationError
-from .checkpoint import write_text
+from .folder import write_text
 from .config import Config, DatasetOptions, SamplingOptions, UserError, log
 from .generate import generate, printable, show_text
 from .infer import chat_row, has_turns, question_ids, user_row, without_adapter, word_streamer

@@ -18,12 +18,12 @@ from .adapters import add_adapter
 from .attention import NEED_MASK, Isolation, check_isolation, isolations, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
 from .card import how_to_ask, model_card, write_card
-from .checkpoint import Run, data_facts, mean_of_log, on_first_rank, plan_facts, resume_from, run_to_end, write_text
+from .checkpoint import Run, data_facts, mean_of_log, on_first_rank, plan_facts, resume_from, run_to_end
 from .config import Config, PackingOptions, TrainOptions, UserError, log
 from .dataset import Prepared, train_entries
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval, isolates, packs, strategy
 from .fit import Fit, as_before, until_it_fits
-from .folder import held
+from .folder import held, write_text
 from .guards import Guard, Profiled, StallWatch, fused, stop_at_bad_gradients
 from .inspect import show_samples
 from .kernels import FreeMemory, kernel_arguments
