@@ -86,9 +86,17 @@ def test_a_damaged_best_costs_no_run(data, tmp_path, caplog):
     assert r.metrics["eval_loss"]==evaluations(r)[24] and (tmp_path/"adapter_model.safetensors").is_file()
 
 
+class Look(TrainerCallback):
+    "How batches are really made"
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self.seen = train_dataloader.num_workers, train_dataloader.prefetch_factor, args.accelerator_config.non_blocking
+
+
 def test_workers_make_the_same_batches(data, tmp_path):
+    looks = Look(), Look()
     kw = dict(adapter="lora", lora_r=4, lora_target_linear=True, lora_dropout=0.1, max_steps=4, save_strategy="no", load_best_model_at_end=False, num_epochs=3)
-    a, b = (train(config(data, tmp_path/n, **kw, **more))
-        for n, more in (("a", {}), ("b", dict(dataloader_num_workers=2, dataloader_prefetch_factor=3, accelerator_config=dict(non_blocking=True)))))
+    a, b = (train(config(data, tmp_path/n, **kw, **more), [look])
+        for look, n, more in zip(looks, "ab", ({}, dict(dataloader_num_workers=2, dataloader_prefetch_factor=3, accelerator_config=dict(non_blocking=True)))))
+    assert [l.seen for l in looks]==[(0, None, False), (2, 3, True)]
     assert [h["loss"] for h in a.history if "loss" in h]==[h["loss"] for h in b.history if "loss" in h]
     assert evaluations(a)==evaluations(b)

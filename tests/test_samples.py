@@ -3,6 +3,7 @@ import contextlib, io, json, os, zipfile
 import pytest, torch
 from transformers import TrainerCallback
 from tuneforge.all import *
+from tuneforge.options import EvalOptions
 from tests.test_trackers import nobody, wandb_rows
 from tests.tools import write_jsonl
 
@@ -52,6 +53,14 @@ def test_answers_are_those_of_the_model_and_what_is_expected_those_of_the_data(d
         assert r.tokenizer.decode(ids[0], skip_special_tokens=True).endswith(o["answer"])
     shown = capsys.readouterr().err
     assert "Samples at step 0" in shown and "Samples at step 4" in shown
+
+
+def test_every_key_is_used():
+    "What `generate` is told, key by key"
+    told = lambda **kw: (lambda n, how: (n, how.max_new_tokens, how.temperature, how.top_p, how.top_k))(*sample_options(EvalOptions(**kw)))
+    assert told()[0]==0 and told(generate_samples=True)==(3, 50, 0.7, None, None)
+    assert told(generate_samples=True, num_generation_samples=5, generation_max_new_tokens=9, generation_temperature=0.3, generation_top_p=0.8, generation_top_k=7)==(5, 9, 0.3, 0.8, 7)
+    assert told(generate_samples=True, generation_do_sample=False)[2]==0 and told(eval_table_size=4, eval_max_new_tokens=11)==(4, 11, 0, None, None)
 
 
 def test_text_without_questions_is_cut(data, tmp_path):
