@@ -204,3 +204,12 @@ def test_new_tokens_are_trained_with_an_adapter(data, tmp_path):
     folder, d = merge(cfg)
     after = load_model(ModelOptions(base_model=str(folder))).get_output_embeddings().weight
     assert d.kl<1e-5 and not torch.equal(after[-1], before[-1]) # the end is predicted, never read
+
+
+def test_four_bits_cost_what_they_stand_for():
+    "The operations of a token, of a base that is frozen either way"
+    cost = {}
+    for bits in ({}, dict(adapter="qlora", load_in_4bit=True, lora_target_linear=True)):
+        model = load_model(load_config(dict(base_model="tiny:llama", learning_rate=1e-3, datasets=[dict(path="x.jsonl")], **bits)))
+        cost[len(bits)] = flops_per_token(model.requires_grad_(False))
+    assert cost[0]==cost[3]>0

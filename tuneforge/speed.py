@@ -10,12 +10,9 @@ __all__ = ['PEAK', 'flops_per_token', 'peak_flops', 'memory_used', 'Meter']
 # %% ../nbs/30_speed.ipynb #e0000004
 import resource,sys,time
 import torch
+from .trainable import shape_of
 
 # %% ../nbs/30_speed.ipynb #e0000007
-def _numbers(p): # of a weight; bitsandbytes packs two 4-bit numbers into a byte, and keeps the shape beside them
-    shape = p.quant_state.shape if hasattr(p, "quant_state") and p.quant_state is not None else p.shape
-    return torch.Size(shape)
-
 def flops_per_token(
     model, # with its adapter, if any
 ) -> int: # floating-point operations for each token of a training step
@@ -25,7 +22,7 @@ def flops_per_token(
     for m in model.modules():
         if isinstance(m, torch.nn.Embedding): continue
         for p in m.parameters(recurse=False):
-            shape = _numbers(p)
+            shape = shape_of(p)
             if len(shape)<2: continue
             share = min(1, used/shape[0]) if used and len(shape)==3 else 1 # experts lie in one tensor
             total += int(shape.numel()*share)*(6 if p.requires_grad else 4)
