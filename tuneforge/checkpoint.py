@@ -25,6 +25,7 @@ from . import __version__
 from .callbacks import Cadence, StopOnSignal, Stopped
 from .config import Config, TrainOptions, UserError, log
 from .options import DistributedOptions, FileOptions, GradioOptions, LoggingOptions, PreparedOptions
+from .derive import resume_choice
 from .folder import sync, write_text
 from .record import without_secrets
 
@@ -116,7 +117,7 @@ def resume_from(
     opts:TrainOptions, # `resume`, or Axolotl's `resume_from_checkpoint`, `auto_resume_from_checkpoints`
 ) -> str|None: # folder; None: begin anew
     "The checkpoint to go on from. Raises `UserError` when there are some and none is whole."
-    choice = opts.resume or opts.resume_from_checkpoint or ("auto" if opts.auto_resume_from_checkpoints else "never")
+    choice = resume_choice(opts)
     if choice=="never": return None
     if choice!="auto":
         if wrong := damage(Path(choice)): raise UserError(f"resume: {choice} is no checkpoint to go on from: {'; '.join(wrong)}")

@@ -6,8 +6,8 @@ Docs: https://tuneforge.github.io/tuneforge/derive.html.md"""
 
 # %% auto #0
 __all__ = ['DERIVED', 'accumulation', 'eval_rows', 'packs', 'isolates', 'packs_evaluation', 'fixed_length', 'streams',
-           'buffer_size', 'strategy', 'interval', 'restart_steps', 'tokenizer_source', 'eval_length', 'prepared_folder',
-           'derived']
+           'buffer_size', 'strategy', 'interval', 'resume_choice', 'restart_steps', 'tokenizer_source', 'eval_length',
+           'prepared_folder', 'derived']
 
 # %% ../nbs/03_derive.ipynb #dcf1b59f
 from typing import Literal
@@ -82,6 +82,13 @@ def interval(
     if strategy(opts, what) in ("no","best"): return None # `best` follows the evaluations
     if s := getattr(opts, f"{what}_steps"): return max(1, round(s*total) if s<1 else int(s))
     return max(1, steps_per_epoch//(getattr(opts, f"{what}s_per_epoch") or 1))
+
+# %% ../nbs/03_derive.ipynb #a000090d
+def resume_choice(
+    opts:TrainOptions, # `resume`, or Axolotl's `resume_from_checkpoint`, `auto_resume_from_checkpoints`
+) -> str: # a folder, `auto` or `never`
+    "What a run goes on from"
+    return opts.resume or opts.resume_from_checkpoint or ("auto" if opts.auto_resume_from_checkpoints else "never")
 
 # %% ../nbs/03_derive.ipynb #5e1f03a2
 def restart_steps(

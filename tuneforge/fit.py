@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 from .checkpoint import checkpoints, on_first_rank, read_manifest, world_size
 from .config import Config, UserError, log
-from .derive import accumulation
+from .derive import accumulation, resume_choice
 from .loaders import PlanLoader
 from .packing import PackPlan, RunPlan
 from .stream import Stream
@@ -167,7 +167,7 @@ def as_before(
     cfg:Config, # of the run
 ) -> Config: # with the rows that were found, if it goes on
     "What an earlier start of the same run has found"
-    named = cfg.resume or cfg.resume_from_checkpoint or ("auto" if cfg.auto_resume_from_checkpoints else "never")
+    named = resume_choice(cfg)
     if not cfg.auto_find_batch_size or named=="never": return cfg
     for p in reversed(checkpoints(cfg.output_dir)) if named=="auto" else [Path(named)]:
         try: then = read_manifest(p)["config"]
