@@ -6,7 +6,8 @@ Docs: https://tuneforge.github.io/tuneforge/train.html.md"""
 
 # %% auto #0
 __all__ = ['total_steps', 'plan_run', 'training_arguments', 'stop_token_ids', 'flattens', 'prove_isolation', 'make_meter',
-           'make_trainer', 'samples', 'run_facts', 'set_up', 'train_once', 'train', 'figures', 'describe', 'save_run']
+           'make_trainer', 'make_samples', 'run_facts', 'set_up', 'train_once', 'train', 'figures', 'describe',
+           'save_run']
 
 # %% ../nbs/34_train.ipynb #4302daee
 import json,math,os
@@ -180,7 +181,7 @@ def make_trainer(
     return trainer
 
 # %% ../nbs/34_train.ipynb #a0000907
-def samples(
+def make_samples(
     cfg:Config, # `generate_samples`, `eval_table_size`
     ds, # rows to evaluate on; None: there are none
     tokenizer, # of the run
@@ -230,7 +231,7 @@ def set_up(
     if not quiet: show_trainable(trainable)
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *train_entries(cfg)) for t in o.eot_tokens or []])
     trackers,watch = make_trackers(cfg),StallWatch(cfg.output_dir, cfg.stall_seconds)
-    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, *samples(cfg, data.valid, tokenizer, trackers), watch, *callbacks], isolation, kernels)
+    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, *make_samples(cfg, data.valid, tokenizer, trackers), watch, *callbacks], isolation, kernels)
     return trainer,data,(watch,tracked(trackers))
 
 # %% ../nbs/34_train.ipynb #a0000905
