@@ -2,7 +2,7 @@
 import pytest
 from hypothesis import given, settings, strategies as st
 from tuneforge.config import DatasetOptions, UserError
-from tuneforge.prompts import FORMATS, STYLES, PromptFormat, from_function, prompt_format, register
+from tuneforge.prompts import FORMATS, STYLES, PromptFormat, fill, from_function, prompt_format, register
 from tuneforge.tokens import IGNORE, disagreement, encode_rows, tokenise_rows
 from tests.tokenizers import tokenizer
 
@@ -256,3 +256,10 @@ def test_built_in_names_are_taken():
     with pytest.raises(UserError, match="called `alpaca` already"):
         @register("alpaca")
         def mine(opts, tokenizer): pass
+
+
+@given(st.lists(st.one_of(st.sampled_from(["{{", "}}", "{a}", "{b}", "\n"]), st.text(st.characters(exclude_characters="{}", exclude_categories=["Cs"]), max_size=5))),
+    st.text(max_size=5), st.sampled_from(["", "{a}", "{{", "plain"]))
+def test_places_are_filled_as_python_does(pieces, a, b):
+    template = "".join(pieces)
+    assert fill(template, a=a, b=b)==template.format(a=a, b=b)

@@ -6,13 +6,14 @@ Docs: https://tuneforge.github.io/tuneforge/prompts.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'FORMATS', 'LAYOUTS', 'STYLES', 'PREAMBLES', 'INSTRUCT', 'ALIASES', 'LLAMA2_SYSTEM', 'Segment', 'kind', 'need',
-           'PromptFormat', 'register', 'fill', 'Layout', 'Instruct', 'instruct', 'completion', 'own_tokens_format',
-           'input_output', 'speech', 'pygmalion', 'llama2_chat', 'without_input', 'custom', 'own_function',
-           'from_function', 'with_defaults', 'find_format', 'prompt_format']
+           'PromptFormat', 'register', 'split_places', 'places', 'fill', 'Layout', 'Instruct', 'instruct', 'completion',
+           'own_tokens_format', 'input_output', 'speech', 'pygmalion', 'llama2_chat', 'without_input', 'custom',
+           'own_function', 'from_function', 'with_defaults', 'find_format', 'prompt_format']
 
 # %% ../nbs/11_prompts.ipynb #4ab1e97d
 import importlib,importlib.util,inspect,logging,re,sys
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable
 import yaml
@@ -111,13 +112,26 @@ def register(
     return _f
 
 # %% ../nbs/11_prompts.ipynb #e79d2235
-def fill(
+@lru_cache(maxsize=1024)
+def split_places(
     template:str, # text with `{name}` places; a literal brace may be doubled
-    **values, # what goes there
+) -> tuple[tuple[str,str|None],...]: # pieces: (their text, name of the place or None)
+    "What is text in a template, and what a place"
+    found = re.findall(r"(\{\{|\}\})|(\{(\w+)\})|([^{}]+|.)", template, re.S)
+    return tuple((brace[:1] or place or text, name or None) for brace,place,name,text in found)
+
+def places(
+    *templates:str, # as of `split_places`
+) -> list[str]: # names, in order
+    "The places of templates"
+    return [name for t in templates for _,name in split_places(t) if name]
+
+def fill(
+    template:str, # as of `split_places`
+    **values, # what goes there; a place without a value stays as it is
 ) -> str: # the text
     "Fill places by name, once: braces in the data stay data"
-    brace = {"{{": "{", "}}": "}"}
-    return re.sub(r"\{\{|\}\}|\{(\w+)\}", lambda m: brace.get(m[0]) or values.get(m[1], m[0]), template)
+    return "".join([values.get(name, text) if name else text for text,name in split_places(template)])
 
 # %% ../nbs/11_prompts.ipynb #70106c64
 @dataclass(frozen=True)
@@ -156,28 +170,31 @@ class Instruct:
     derive:Callable|None=None # row -> more columns
     eos:int=1 # EOS tokens after the response
 
-def _places(*templates): return [n for t in templates for n in re.findall(r"\{(\w+)\}", t)]
+def _column(row, name):
+    "A column as text; a missing one is empty"
+    value = row.get(name)
+    return value if isinstance(value, str) else "" if value is None else need(value, str, name)
 
-def _texts(row, template):
-    "The columns that `template` names, as texts; a missing one is empty"
-    return {n: need(row[n], str, n) if row.get(n) is not None else "" for n in _places(template)}
+def _fill_from(row, template):
+    "A text with the columns of a row in its places"
+    return "".join([_column(row, name) if name else text for text,name in split_places(template)])
 
 # %% ../nbs/11_prompts.ipynb #fed15cc9
 def _split_row(spec:Instruct, row:dict):
     "(prompt, response) of a row"
     row = row | spec.derive(row) if spec.derive else row
-    of = lambda t: fill(t, **_texts(row, t))
-    layout,input = LAYOUTS[spec.layout],of(spec.input)
-    system = of(spec.system[0 if input else 1])
+    layout,input = LAYOUTS[spec.layout],_fill_from(row, spec.input)
+    system = _fill_from(row, spec.system[0 if input else 1])
     head = fill(layout.system, system=system) if system else ""
-    return head+fill(layout.with_input if input else layout.without, instruction=of(spec.instruction), input=input),of(spec.output)
+    body = fill(layout.with_input if input else layout.without, instruction=_fill_from(row, spec.instruction), input=input)
+    return head+body,_fill_from(row, spec.output)
 
 def instruct(
     spec:Instruct, # layout and columns
     name:str, # of the format
 ) -> PromptFormat: # prompt and response, tokenised apart
     "The format of an `Instruct`"
-    columns = dict.fromkeys(_places(spec.instruction, spec.output), str) if spec.columns is None else spec.columns
+    columns = dict.fromkeys(places(spec.instruction, spec.output), str) if spec.columns is None else spec.columns
     def segments(row):
         prompt,response = _split_row(spec, row)
         return [Segment(prompt, False, "user"), Segment(response, True, "assistant", eos=spec.eos)]
@@ -360,27 +377,24 @@ def llama2_chat(
     return PromptFormat("llama2_chat", dict(conversations=list), segments, prompt)
 
 # %% ../nbs/11_prompts.ipynb #8fa8185c
-def _asked(template): return _places(re.sub(r"\{\{|\}\}", "", template)) # a doubled brace is text
-
 def without_input(
     spec:CustomFormat, # from the config
 ) -> str: # with `{instruction}`
     "The prompt of rows that have no input: a `format` that doesn't ask for one is meant for them, too"
     if spec.no_input_format is not None: return spec.no_input_format
-    return "{instruction} " if "input" in _asked(spec.format) else spec.format
+    return "{instruction} " if "input" in places(spec.format) else spec.format
 
 def custom(
     spec:CustomFormat, # from the config
 ) -> PromptFormat: # prompt and response, tokenised apart
     "An inline format"
     for key,known in dict(format=("instruction","input"), no_input_format=("instruction",), system_format=("system",)).items():
-        odd = [n for n in _asked(getattr(spec, key) or "") if n not in known]
+        odd = [n for n in places(getattr(spec, key) or "") if n not in known]
         if odd: raise UserError(f"datasets: `type.{key}` has a place {{{odd[0]}}}; it may have {', '.join(f'{{{n}}}' for n in known)}")
     if spec.field: log.warning("`type.field` says nothing in an inline format: `completion` takes its column from `field` beside `type`")
-    text = lambda row,column: need(row[column], str, column) if row.get(column) is not None else ""
     bare = without_input(spec)
     def prompt(row):
-        system,input = text(row, spec.field_system) or spec.system_prompt,text(row, spec.field_input)
+        system,input = _column(row, spec.field_system) or spec.system_prompt,_column(row, spec.field_input)
         head = fill(spec.system_format, system=system) if system else ""
         return head+fill(spec.format if input else bare, instruction=row[spec.field_instruction], input=input)
     segments = lambda row: [Segment(prompt(row), False, "user"), Segment(row[spec.field_output], True, "assistant", eos=1)]
