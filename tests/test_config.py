@@ -54,7 +54,7 @@ def load(text, tmp_path, *overrides, **kw):
     ("base_model:", 6, 1, "given twice"),
     ("field_messages: x", 6, 1, "valid under `datasets[]`"),
     ("pad_token: x", 6, 1, "valid under `special_tokens`"),
-    ("lora_target_modules: [q_proj, [3]]", 6, 22, "should be text or a list of texts"),
+    ("lora_target_modules: [q_proj, [3]]", 6, 31, "`lora_target_modules[1]` is [3], but should be text"),
     ("lora_target_modules: {q: 1}", 6, 22, "should be text or a list of texts"),
     ("gpu_memory_limit: 20 gigs", 6, 19, "should be"),
     ("test_datasets: x.jsonl", 6, 16, "should be a list of blocks"),
@@ -77,6 +77,11 @@ def test_problem_has_its_place(line, line_no, column, says, tmp_path):
     assert found, [str(p) for p in problems(text, tmp_path)]
     assert (found[0].mark.line, found[0].mark.column)==(line_no, column)
     assert found[0].mark.text==text.splitlines()[line_no-1] and str(found[0]).endswith("^")
+
+
+def test_a_typo_in_a_block_is_the_only_problem():
+    with pytest.raises(ConfigError) as e: Config(base_model="x", learning_rate=1, datasets=[dict(path="y", type=dict(feild_instruction="q"))])
+    assert [p.message for p in e.value.problems]==["unknown key `feild_instruction` under `datasets[0].type`, did you mean `field_instruction`?"]
 
 
 @pytest.mark.parametrize("line", ["adapter: lora\nlora_target_linear: true\nlora_r: 4", "val_set_size: 0.1\neval_steps: 5", "deepspeed:", "wandb_project: ''", "wandb_mode: ''", "adapter: qlora\nload_in_4bit: yes\nlora_target_modules: [q_proj]",

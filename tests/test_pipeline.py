@@ -5,6 +5,7 @@ import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tuneforge.config import DataOptions, DatasetOptions, TokenizerOptions, UserError
 from tuneforge.dataset import prepare_data, sample_lengths
+from tuneforge.prompts import FORMATS, from_function, register
 from tuneforge.mixing import MIX, copies, draw, draw_valid, fingerprints, again, take_rows, targets
 from tuneforge.report import LOST, REASONS, SourceReport, load_report, plot_report, save_report, length_counts, EDGES
 from tuneforge.tokens import IGNORE, encode_rows, load_tokenizer
@@ -287,3 +288,20 @@ def test_histograms_count_every_length(lengths):
     counts = length_counts(np.array(lengths, int))
     assert sum(counts)==len(lengths)
     assert counts==[sum(a<=max(n, 1)<b for n in lengths) for a, b in zip(EDGES, EDGES[1:])][:len(counts)]
+
+
+def test_data_that_change_while_they_are_read_are_not_kept(tmp_path):
+    rows = [dict(instruction=f"Where is {i}?", output="There.") for i in range(5)]
+    path = write_jsonl(tmp_path/"x.jsonl", rows)
+    @register("meddling")
+    def meddling(opts, tokenizer=None):
+        def text(row):
+            if path.read_text().count("\n")==len(rows): path.write_text(path.read_text()+json.dumps(rows[0])+"\n") # as a second program might
+            return [(row["instruction"], False), (row["output"], True)]
+        return from_function(text, opts, tokenizer)
+    opts = DataOptions(datasets=[DatasetOptions(path=str(path), type="meddling")], dataset_prepared_path=str(tmp_path/"prepared"))
+    try:
+        with pytest.raises(UserError, match="content 1: changed while the rows were read"): prepare_data(opts, TOK)
+        assert not list((tmp_path/"prepared").glob("*/*"))
+        assert len(prepare_data(opts, TOK).train)==len(rows)+1
+    finally: del FORMATS["meddling"]

@@ -279,7 +279,8 @@ def in_words(
     found = {}
     for o in e.errors(include_url=False): found.setdefault(_path_of(o, values), _say(o, values))
     meant = lambda p: any(f"did you mean `{p[-1]}`" in o.message for q,o in found.items() if q[:-1]==p[:-1]) # the missing key is there, misspelt
-    return [o for p,o in found.items() if not (" is missing: " in o.message and meant(p))]
+    inside = lambda p: any(q[:len(p)]==p and q!=p for q in found) # a block was meant, and it says itself what is wrong in it
+    return [o for p,o in found.items() if not (" is missing: " in o.message and meant(p) or inside(p))]
 
 # %% ../nbs/05_config.ipynb #b1b5907c
 CHECKS = [] # functions of (plain values, `Document`) that yield `Problem`s; rooms above file what only they can know, such as the names of formats

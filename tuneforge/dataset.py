@@ -657,13 +657,19 @@ def why_miss(
     folder,parts = prepared_place(opts, tokenizer)
     return f"{folder}: prepared, and will be used" if is_whole(folder) else f"{folder}: not prepared; {why_missing(folder, parts)}"
 
+def _write_settled(opts, tokenizer, part, parts):
+    "Prepare into `part`, unless something changes meanwhile: then the name would not be true"
+    _write(opts, tokenizer, part)
+    if changed := [k for k,v in key_parts(opts, tokenizer).items() if parts.get(k)!=v]:
+        raise UserError(f"{', '.join(changed)}: changed while the rows were read. Prepare the data again when nothing writes there any more")
+
 def prepare_data(
     opts:DataOptions, # sources, lengths, masks
     tokenizer, # transformers tokenizer
 ) -> Prepared: # train, valid, report
     "Tokenised data for a config, from the folder of prepared data if they are there. Raises `UserError` for what cannot be read."
     folder,parts = prepared_place(opts, tokenizer)
-    made,why = made_once(folder, parts, lambda part: _fetched(opts, part, folder.name) or _write(opts, tokenizer, part))
+    made,why = made_once(folder, parts, lambda part: _fetched(opts, part, folder.name) or _write_settled(opts, tokenizer, part, parts))
     if opts.push_dataset_to_hub and os.environ.get("RANK", "0")=="0": _shared(opts, folder)
     data = load_prepared(folder, why)
     for s in data.report.sources if not made else []: check_losses(s, opts) # the thresholds may be others by now

@@ -191,6 +191,19 @@ def _mixtures_are_whole(cfg):
     for k in ("mix_by","mix_until"):
         if k in cfg.model_fields_set and not any(weighed): yield k, f"`{k}` has no effect without a `weight` in each of `datasets`"
 
+@note
+def _a_mixture_of_one(cfg):
+    for name in ("datasets","pretraining_dataset"):
+        entries = getattr(cfg, name) or []
+        if len(entries)==1 and entries[0].kind in ("supervised","pretraining") and asks(entries[0], "weight"): yield (name,0,"weight"), "`weight` has no effect on the only dataset: it is a share among several"
+
+@note
+def _evaluated_is_trained(cfg):
+    rows = lambda e: e.model_dump(include={"path","name","split","data_files","revision","shards","shards_idx"})
+    trained = [rows(e) for e in cfg.datasets]
+    for i,e in enumerate(cfg.test_datasets or []):
+        if rows(e) in trained: yield ("test_datasets",i), f"`test_datasets[{i}]` has the rows of `datasets[{trained.index(rows(e))}]`: what is trained is no test (`split` names other rows)"
+
 @rule
 def _a_part_has_a_number(cfg):
     n,i = cfg.dataset_shard_num,cfg.dataset_shard_idx

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from .config import Config, UserError, log
 from .dataset import Prepared, expand_entries, with_defaults
 from .derive import streams
-from .inspect import token_text
+from .inspect import token_texts
 from .losses import HeadLoss
 from .options import DataOptions, EvalOptions, parse_size
 from .packing import RunPlan
@@ -174,7 +174,7 @@ def with_text(
     ids = batch["input_ids"][sample["row"],cut].tolist()
     trained = [False]+(batch["labels"][sample["row"],cut][1:]!=IGNORE).tolist()
     losses = [_plain(round(l, 4)) if t else None for l,t in zip(each[sample["row"],cut].tolist(), trained)]
-    return sample | dict(text=tokenizer.decode(ids), pieces=[token_text(tokenizer, i) for i in ids], losses=losses)
+    return sample | dict(text=tokenizer.decode(ids), pieces=token_texts(tokenizer, ids), losses=losses)
 
 def hardness(
     sample:dict, # with `loss`
