@@ -1,10 +1,10 @@
 "What becomes of rows: every strategy against plain Python, and a report that adds up whatever is chosen"
-import json
+import json, re
 from collections import Counter
 import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tuneforge.config import DataOptions, DatasetOptions, TokenizerOptions, UserError
-from tuneforge.dataset import prepare_data, sample_lengths
+from tuneforge.dataset import prepare_data, rows_matching, sample_lengths
 from tuneforge.prompts import FORMATS, from_function, register
 from tuneforge.mixing import MIX, copies, draw, draw_valid, fingerprints, again, take_rows, targets
 from tuneforge.report import LOST, REASONS, SourceReport, load_report, plot_report, save_report, length_counts, EDGES
@@ -305,3 +305,21 @@ def test_data_that_change_while_they_are_read_are_not_kept(tmp_path):
         assert not list((tmp_path/"prepared").glob("*/*"))
         assert len(prepare_data(opts, TOK).train)==len(rows)+1
     finally: del FORMATS["meddling"]
+
+
+@given(st.lists(st.lists(st.sampled_from(["<|im_end|>", "</s>", "<s>", "a<", "|im_end|>", "Grüße", ""]), min_size=1, max_size=4), min_size=1, max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_special_tokens_in_texts_are_those_that_python_finds(rows):
+    from datasets import Dataset
+    ds = Dataset.from_list([dict(messages=[dict(role=["user", "assistant"][i%2], content=t) for i, t in enumerate(r)], id="<s>") for r in rows])
+    expected = [i for i, r in enumerate(rows) if any(t in o for o in r for t in TOK.all_special_tokens)]
+    assert rows_matching(ds, "messages", "|".join(map(re.escape, TOK.all_special_tokens))).tolist()==expected
+
+
+@pytest.mark.parametrize("mixed", [False, True]) # a column of two kinds is kept as lines of JSON
+def test_special_tokens_in_texts_are_said_with_their_place(tmp_path, mixed):
+    rows = [dict(instruction=f"Where is {i}?", output="There."+"</s>"*(i in (2, 4)), note="<s>", odd=1 if mixed and i%2 else "x") for i in range(6)]
+    said = prep(tmp_path, [rows]).report.sources[0].hints
+    assert len(said)==1 and said[0].startswith("2 rows hold special tokens") and "x0.jsonl:3, " in said[0] and "x0.jsonl:5" in said[0]
+    rows = [r|dict(output="There.") for r in rows]
+    assert prep(tmp_path, [rows], name="y").report.sources[0].hints==[] # `note` is not read

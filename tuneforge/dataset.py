@@ -10,10 +10,11 @@ __all__ = ['CUT', 'VERIFIED_TEXT', 'drop_reason', 'needed_length', 'Pieces', 'fi
            'walk', 'samples_by_row', 'compare_prompts', 'look_at', 'drop_duplicates', 'take_shard', 'set_aside',
            'weigh', 'mixture_shares', 'order_samples', 'shuffles_first', 'code_parts', 'engine_parts',
            'tokenizer_parts', 'entry_parts', 'key_parts', 'data_key', 'Prepared', 'table_lengths', 'sample_lengths',
-           'texts_of', 'load_prepared', 'prepared_place', 'why_miss', 'prepare_data']
+           'texts_of', 'rows_matching', 'special_in_text', 'load_prepared', 'prepared_place', 'why_miss',
+           'prepare_data']
 
 # %% ../nbs/14_dataset.ipynb #29d00570
-import inspect,json,math,os,shutil
+import inspect,json,math,os,re,shutil
 from dataclasses import dataclass,field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -550,6 +551,61 @@ def texts_of(
         except UserError: continue # said with its place when all rows are tokenised
     return res
 
+# %% ../nbs/14_dataset.ipynb #facf01cc
+def _leaves(array):
+    "(texts, index of the row of each) within an array of any depth"
+    import pyarrow as pa, pyarrow.compute as pc
+    is_ = lambda *names: any(getattr(pa.types, f"is_{n}")(array.type) for n in names)
+    if is_("string","large_string"): yield array,np.arange(len(array))
+    elif is_("struct"): yield from (o for f in array.flatten() for o in _leaves(f))
+    elif is_("list","large_list"):
+        row = pc.list_parent_indices(array).to_numpy()
+        yield from ((texts, row[at]) for texts,at in _leaves(array.flatten()))
+
+def rows_matching(
+    rows, # datasets.Dataset
+    column:str, # texts, or what holds texts
+    pattern:str, # regular expression
+) -> np.ndarray: # numbers of the rows, from 0
+    "The rows with a text in `column` that matches somewhere"
+    import pyarrow.compute as pc
+    found,at = [np.zeros(0, int)],0
+    for part in rows.select_columns([column]).with_format("arrow").iter(10_000):
+        for texts,row in _leaves(part.column(0).combine_chunks()): found.append(at+row[pc.match_substring_regex(texts, pattern).fill_null(False).to_numpy(False)])
+        at += len(part)
+    return np.unique(np.concatenate(found))
+
+# %% ../nbs/14_dataset.ipynb #f5fa9384
+def _is_read(rows, column, numbers, fmt, pattern):
+    "Whether what matches in a column comes to stand in a row's text"
+    matches = lambda row: len(re.findall(pattern, "".join(s.text for s in fmt(row))))
+    for row in as_rows(rows[numbers])[0]:
+        changed = {k: v for k,v in row.items() if column in (k,"_line")}
+        changed = json.loads(re.sub(pattern, "x", json.dumps(changed, ensure_ascii=False, default=str)))
+        try:
+            if matches(row)!=matches(row | changed): return True
+        except UserError: continue # said with its place when all rows are tokenised
+    return False
+
+def special_in_text(
+    rows, # datasets.Dataset
+    fmt, # how rows become text
+    tokenizer, # whose special tokens are meant
+) -> np.ndarray: # numbers of the rows, from 0
+    "The rows whose own text holds special tokens, which act there as if a template had put them. Formats that leave them to the data have none."
+    if fmt.name in ("input_output","tokens"): return np.zeros(0, int)
+    special = {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
+    pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+    found = {c: rows_matching(rows, c, pattern) for c in rows.column_names}
+    read = [n for c,n in found.items() if c!="_line" and len(n) and _is_read(rows, c, n[:3], fmt, pattern)]
+    read += [[n] for n in found.get("_line", []) if _is_read(rows, "_line", [n], fmt, pattern)] # a line holds all columns: each is looked at by itself
+    return np.unique(np.concatenate([np.zeros(0, int), *read]))
+
+def _special_hint(entry, rows, fmt, tokenizer):
+    found = special_in_text(rows, fmt, tokenizer)
+    at = ", ".join(row_places(entry, (found[:3]+1).tolist()))
+    return [f"{len(found):,} rows hold special tokens of the tokenizer in their own text, and there they act as such: {at}{' …' if len(found)>3 else ''}"]*(len(found)>0)
+
 # %% ../nbs/14_dataset.ipynb #986b59d2
 def _unused_format(spec, rows):
     "What to say of a `format` for rows with an input, when there are none"
@@ -564,7 +620,7 @@ def _prepare(entry, number, opts, encoder, folder, role):
     entry,tokenizer = with_defaults(entry, opts),encoder.tokenizer
     fmt,rows = prompt_format(entry, tokenizer),read_rows(entry, opts.on_bad_row)
     encoder = _proven(encoder, rows, fmt, opts, entry.path)
-    report = SourceReport(entry.path, role, rows_in=len(rows), engine=encoder.engine.name, hints=_unused_format(entry.type, rows))
+    report = SourceReport(entry.path, role, rows_in=len(rows), engine=encoder.engine.name, hints=_unused_format(entry.type, rows)+_special_hint(entry, rows, fmt, tokenizer))
     part = Part.of(entry, prepare_source(entry, rows, fmt, opts, encoder, folder, take_rows(len(rows), entry.max_rows, opts.seed, number)), report)
     report.bad = list_bad(part, rows, folder.parent/"quarantine.jsonl" if opts.on_bad_row=="quarantine" else None)
     golden = _compare(entry, rows, fmt, opts, tokenizer, report)
