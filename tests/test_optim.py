@@ -226,7 +226,8 @@ ABSENT = [n for n in OPTIMIZERS if n not in HERE and n not in GPU]
 
 def options(name, **kw):
     low = dict(optim_target_modules=["self_attn", "mlp"], optim_args="rank=8,update_proj_gap=3") if name.startswith(("galore", "apollo")) else {}
-    return learning(**dict(optimizer=name, lr_scheduler="constant", learning_rate=1e-2 if name=="sgd" else 1e-3) | low | kw)
+    if name.startswith("flash_"): low = dict(optim_args=dict(quantize=False, master_weight_bits=None, fused=False)) # what runs without a GPU
+    return learning(**dict(optimizer=name, lr_scheduler="constant", learning_rate=1e-2 if name in ("sgd", "flash_sgd", "flash_sgdw") else 1e-3) | low | kw)
 
 
 def step(m, optimizer, o, seed):
@@ -453,3 +454,14 @@ def test_stopped_and_resumed(kw, data, tmp_path):
     whole = losses(train(config(data, tmp_path/"a", **kw)))
     again = losses(train(config(data, tmp_path/"a", resume_from_checkpoint=str(tmp_path/"a"/"checkpoint-3"), **kw)))
     assert again==pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.skipif(not find_spec("flashoptim") or not find_spec("triton") or torch.cuda.is_available(), reason="flashoptim on a machine without a GPU")
+def test_what_a_library_refuses_is_said(model):
+    with pytest.raises(UserError, match="`optimizer: flash_adamw` cannot be made: Quantization requires a CUDA device"): make_optimizer(copy.deepcopy(model), options("flash_adamw", optim_args=None), 8)
+
+
+@pytest.mark.parametrize("spelling", ["all_linear", "all-linear"]) # Axolotl's, and PEFT's
+def test_all_linear_layers(model, spelling):
+    from tuneforge.optim import projected_weights
+    assert projected_weights(model, options("galore_adamw", optim_target_modules=spelling).optim_target_modules)=={id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}

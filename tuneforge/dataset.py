@@ -714,9 +714,9 @@ def why_miss(
     return f"{folder}: prepared, and will be used" if is_whole(folder) else f"{folder}: not prepared; {why_missing(folder, parts)}"
 
 def _write_settled(opts, tokenizer, part, parts):
-    "Prepare into `part`, unless something changes meanwhile: then the name would not be true"
+    "Prepare into `part`, unless a source changes meanwhile: then the name would not be true"
     _write(opts, tokenizer, part)
-    if changed := [k for k,v in key_parts(opts, tokenizer).items() if parts.get(k)!=v]:
+    if changed := [k for k,v in key_parts(opts, tokenizer).items() if ": content " in k and parts.get(k)!=v]:
         raise UserError(f"{', '.join(changed)}: changed while the rows were read. Prepare the data again when nothing writes there any more")
 
 def prepare_data(

@@ -101,11 +101,12 @@ OPTIMIZERS |= {f"{paged}{name}": _bnb(cls, moments, bits, **({"is_paged": True} 
 for _l in ("","_layerwise"):
     OPTIMIZERS |= {f"galore_adamw{_l}": _low_rank("galore_torch:GaLoreAdamW", _adam, _galore, _l), f"galore_adamw_8bit{_l}": _low_rank("galore_torch:GaLoreAdamW8bit", _adam, _galore, _l, _shifted, True),
         f"galore_adafactor{_l}": _low_rank("galore_torch:GaLoreAdafactor", _none, _galore, _l, _absolute), f"apollo_adamw{_l}": _low_rank("apollo_torch:APOLLOAdamW", _adam, _apollo, _l)}
+OPTIMIZERS |= {f"flash_{n.lower()}": Recipe(f"flashoptim:Flash{n}", moments) for n,moments in dict(AdamW=_adam, Adam=_adam, Lion=_lion, SGD=_none, SGDW=_none).items()}
 OPTIMIZERS |= {"adamw_hf": OPTIMIZERS["adamw_torch"], "adamw_8bit": OPTIMIZERS["adamw_bnb_8bit"]}
 "name -> recipe"
 
 # %% ../nbs/30_optim.ipynb #8547ff9b
-_EXTRAS = dict(bitsandbytes="quant") | dict.fromkeys("torchao lion_pytorch optimi grokadamw pytorch_optimizer came_pytorch lomo_optim schedulefree galore_torch apollo_torch".split(), "optimizers")
+_EXTRAS = dict(bitsandbytes="quant") | dict.fromkeys("torchao lion_pytorch optimi grokadamw pytorch_optimizer came_pytorch lomo_optim schedulefree galore_torch apollo_torch flashoptim".split(), "optimizers")
 
 def find_optimizer(
     opts:LearningOptions, # `optimizer`, `torchdistx_path`
@@ -187,7 +188,7 @@ def projected_weights(
     targets:list[str]|str, # patterns of names, or `all_linear`
 ) -> set[int]: # ids of parameters
     "Weights of linear layers that are projected. Raises `UserError` if there are none."
-    hit = lambda n: targets=="all_linear" or any(re.search(t, n) for t in targets)
+    hit = lambda n: targets in ("all_linear","all-linear") or any(re.search(t, n) for t in targets)
     ids = {id(m.weight) for n,m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad and hit(n)}
     if not ids: raise UserError(f"`optim_target_modules: {targets}` names no linear layer that is trained; `all_linear` names all")
     return ids

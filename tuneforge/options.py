@@ -544,7 +544,8 @@ Optimizer = Literal["adamw_torch","adamw_torch_fused","adamw_torch_8bit","adamw_
     "adafactor","sgd","adagrad","rmsprop","rmsprop_bnb","rmsprop_bnb_8bit","rmsprop_bnb_32bit","ademamix","ademamix_8bit","paged_ademamix_32bit","paged_ademamix_8bit",
     "lion_8bit","lion_32bit","paged_lion_32bit","paged_lion_8bit","galore_adamw","galore_adamw_8bit","galore_adafactor","galore_adamw_layerwise","galore_adamw_8bit_layerwise",
     "galore_adafactor_layerwise","apollo_adamw","apollo_adamw_layerwise","lomo","adalomo","grokadamw","schedule_free_radam","schedule_free_adamw","schedule_free_sgd","stable_adamw",
-    "adamw_anyprecision","adamw_apex_fused","adamw_torch_xla","adamw_torch_npu_fused","lion_pytorch","optimi_adamw","ao_adamw_4bit","ao_adamw_8bit","ao_adamw_fp8","adopt_adamw","muon","came_pytorch"]
+    "adamw_anyprecision","adamw_apex_fused","adamw_torch_xla","adamw_torch_npu_fused","lion_pytorch","optimi_adamw","ao_adamw_4bit","ao_adamw_8bit","ao_adamw_fp8","adopt_adamw","muon","came_pytorch",
+    "flash_adamw","flash_adam","flash_sgd","flash_sgdw","flash_lion"]
 "Optimizers by the names that transformers and Axolotl give them"
 
 Schedule = Literal["cosine","linear","constant","constant_with_warmup","cosine_with_restarts","polynomial","inverse_sqrt","reduce_lr_on_plateau","cosine_with_min_lr",
@@ -621,7 +622,7 @@ class LearningRateGroup(Options):
 class ScheduleOptions(Options):
     "More about optimizers and schedules"
     optim_args:dict|str|None = _opt(None, "more arguments of the optimizer, by the names that its class gives them: a block, or `key=value,key=value`")
-    optim_target_modules:list[str]|Literal["all_linear"]|None = _opt(None, "linear layers whose gradients GaLore or APOLLO projects: parts of their names, as regular expressions, or `all_linear`")
+    optim_target_modules:list[str]|Literal["all_linear","all-linear"]|None = _opt(None, "linear layers whose gradients GaLore or APOLLO projects: parts of their names, as regular expressions, or `all_linear`")
     torchdistx_path:str|None = _opt(None, "where torchdistx lies, for `adamw_anyprecision`")
     embedding_lr:float|None = _opt(None, "learning rate of the embeddings and the output layer, which then have no weight decay", gt=0)
     embedding_lr_scale:float|None = _opt(None, "the same as a multiple of `learning_rate`", gt=0)
