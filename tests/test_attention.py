@@ -165,6 +165,28 @@ def test_the_operator_gets_dropout_scaling_and_one_precision():
 
 
 @needs_xformers
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_that_are_computed_again(reentrant):
+    a, b = pair("gemma3_text?sliding_window=5")
+    batch = Isolation().collator(tok.pad_token_id)(as_bins(rows(6)))
+    la, ga = loss_and_grads(a, [dict(batch)], 60)
+    b.train().gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+    lb, gb = loss_and_grads(b, [dict(batch)], 60)
+    assert b.is_gradient_checkpointing and lb==pytest.approx(la, rel=2e-6)
+    for k in ga: torch.testing.assert_close(gb[k], ga[k], rtol=1e-4, atol=2e-6)
+
+
+@needs_xformers
+def test_a_saved_model_needs_no_xformers(tmp_path):
+    from transformers import AutoModelForCausalLM
+    a, b = pair("llama")
+    b.save_pretrained(tmp_path)
+    assert "xformers" not in (tmp_path/"config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config._attn_implementation=="sdpa"
+
+
+@needs_xformers
 def test_ends_from_a_caller_who_knows():
     "`cu_seq_lens_q` instead of positions that restart, with a window"
     for name in ("llama", "mistral?sliding_window=5"):

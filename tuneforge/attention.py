@@ -52,7 +52,8 @@ def xformers_mask(
     batch_size:int, # rows
     q_length:int, # tokens that ask
     kv_length:int, # tokens that are seen; more than ask if some are in a cache
-    q_offset=0, kv_offset=0, # where they begin
+    q_offset:int=0, # where those that ask begin
+    kv_offset:int=0, # where those that are seen begin
     mask_function=None, # whether a token sees another
     attention_mask=None, # (rows, tokens): true for tokens that are none of padding
     local_size:int|None=None, # sliding window
@@ -72,13 +73,17 @@ def xformers_mask(
 # %% ../nbs/21_attention.ipynb #511d295a
 def xformers_attention(
     module, # the layer
-    query, key, value, # (rows, heads, tokens, size); fewer heads for keys and values if queries share them
+    query:torch.Tensor, # (rows, heads, tokens, size)
+    key:torch.Tensor, # likewise; fewer heads if queries share them
+    value:torch.Tensor, # like `key`
     attention_mask, # from `xformers_mask`
     dropout:float=0., # share of weights that are left out
     scaling:float|None=None, # of scores; None: one by the root of the size
     sliding_window:int|None=None, # used with `cu_seq_lens_q`; elsewhere it is in the mask
     cu_seq_lens_q=None, # where samples of a flat row begin, from a caller who knows
-    softcap=None, s_aux=None, position_bias=None, # what no operator of xFormers does
+    softcap=None, # refused, as no operator of xFormers caps scores
+    s_aux=None, # likewise, attention sinks
+    position_bias=None, # likewise, a bias by distance
     operator=None, # `memory_efficient_attention`
     **kwargs, # what other backends need
 ): # -> (rows, tokens, heads, size), and no weights
