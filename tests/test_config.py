@@ -40,7 +40,11 @@ def load(text, tmp_path, *overrides, **kw):
     ("sample_packing: maybe", 6, 17, "should be true or false"),
     ("learning_rate: 2", 6, 1, "given twice, first in line 5"),
     ("deepspeed: zero3.json", 6, 1, "known, but not supported yet"),
-    ("attn_implementation: flash_attention_3", 6, 1, "`attn_implementation: flash_attention_3` is known, but not supported yet"),
+    ("gradient_checkpointing: offload_disk", 6, 1, "`gradient_checkpointing: offload_disk` is known, but not supported yet"),
+    ("attn_implementation: flash_atention_3", 6, 22, "did you mean `flash_attention_3`"),
+    ("attn_implementation: kernels-community/flash-attn3", 6, 22, "should be one of `flash_attention_2`, `flash_attention_3`, `flash_attention_4`, `xformers`, `flex_attention`, `sdpa`, `eager`"),
+    ("s2_attention: true", 6, 1, "tuneforge does not serve it: shifted sparse attention"),
+    ("flex_attn_compile_kwargs: {dynamic: false}", 6, 1, "tuneforge does not serve it: transformers compiles"),
     ("lr_scheduler_kwargs: {num_cycels: 2}", 6, 23, "did you mean `num_cycles`"),
     ("lr_scheduler_kwargs: {num_cycles: -2}", 6, 35, "over 0"),
     ("optimizer: adamw_torh", 6, 12, "did you mean `adamw_torch`"),
@@ -171,6 +175,14 @@ def test_what_is_not_built_is_refused_and_what_is_off_is_not(tmp_path):
     assert load(text, tmp_path, planned=True).rl=="dpo"
     with pytest.raises(ConfigError, match=r"`pretraining_dataset\[0\].trust_remote_code` is known, but not supported yet"):
         load_config(dict(base_model="x", learning_rate=1, max_steps=3, pretraining_dataset=[dict(path="x", trust_remote_code=True)]))
+
+
+def test_what_is_not_done_here_may_be_switched_off():
+    from tuneforge.options import ELSEWHERE
+    for key in ELSEWHERE:
+        for off in (None, False, ""): assert load_config(yaml.safe_load(GOOD) | {key: off}), key
+        with pytest.raises(ConfigError, match=f"`{key}` is Axolotl's, and tuneforge does not serve it"): load_config(yaml.safe_load(GOOD) | {key: True})
+    assert not set(ELSEWHERE) & set(KEYS)
 
 
 def test_tables_name_keys_that_exist():

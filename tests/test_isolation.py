@@ -169,9 +169,10 @@ def test_flex(name, tmp_path):
     assert float(res.stdout.split("DIFF ")[1])<2e-5
 
 
-def test_flash_attention_gets_one_row():
+@pytest.mark.parametrize("backend", ["flash_attention_2", "flash_attention_3", "flash_attention_4"])
+def test_flash_attention_gets_one_row(backend):
     model = load_model(ModelOptions(base_model="tiny:llama"))
-    model.config._attn_implementation_internal = "flash_attention_2"
+    model.config._attn_implementation_internal = backend
     assert isolations(model)==[Isolation(flat=True)]
     assert flattens(PackingOptions(batch_flattening="auto", micro_batch_size=2), isolations(model)[0])
     assert not flattens(PackingOptions(batch_flattening="auto", micro_batch_size=2), Isolation())

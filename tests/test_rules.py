@@ -85,7 +85,7 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "quantised_base_needs_adapter": (dict(load_in_4bit=True), "needs an adapter", dict(load_in_4bit=True, adapter="qlora", lora_target_linear=True)),
     "adapter_has_targets": (dict(adapter="lora"), "say what to adapt", dict(adapter="lora", lora_target_modules=["q"])),
     "targets_are_a_pattern": (dict(adapter="lora", lora_target_modules="q_proj("), "no regular expression", dict(adapter="lora", lora_target_modules=".*(q|k)_proj")),
-    "adapter_gets_along": (dict(adapter="lora", lora_target_linear=True, flash_attn_fuse_qkv=True), "joins the layers", dict(flash_attn_fuse_qkv=True)),
+    "adapter_gets_along": (dict(adapter="lora", lora_target_linear=True, lisa_n_layers=2), "trains weights of the base", dict(lisa_n_layers=2)),
     "restarts_get_along": (dict(adapter="lora", lora_target_linear=True, relora_steps=12, deepspeed="z.json"), "spread over devices", dict(adapter="lora", lora_target_linear=True, relora_steps=12)),
     "adapter_begins": (dict(adapter="lora", lora_target_linear=True, peft_init_lora_weights="pisa"), "unknown `peft_init_lora_weights: pisa`", dict(adapter="lora", lora_target_linear=True, peft_init_lora_weights="pissa_niter_4")),
     "positions_are_skipped": (dict(use_pose=True), "needs `pose_max_context_len`", dict(use_pose=True, sequence_len=100, pose_max_context_len=200)),
@@ -131,7 +131,7 @@ ALSO = [ # further branches of the same rules
     (dict(metric_for_best_model="bleu", load_best_model_at_end=True, val_set_size=0.1), "is not measured in training"), (dict(greater_is_better=True, metric_for_best_model="loss", load_best_model_at_end=True, val_set_size=0.1), "less is better"),
     (dict(sample_packing=True, packing="fill", curriculum_sampling=True), "contradict each other"), (dict(sample_packing=True, curriculum_sampling=True, sample_packing_group_size=9), "no effect with `curriculum_sampling`"),
     (dict(dataloader_prefetch_factor=3), "no effect without `dataloader_num_workers`"), (dict(dataloader_num_workers=2, max_steps=5, pretraining_dataset=[dict(path="x")]), "a stream is read by"),
-    (dict(sample_packing=True, s2_attention=True), "shifts tokens"), (dict(sample_packing=True, group_by_length=True), "all of one length"), (dict(group_by_length=True, curriculum_sampling=True), "contradict"),
+    (dict(flash_attention=True, xformers_attention=True), "give only one of `flash_attention`, `xformers_attention`"), (dict(attn_implementation="xformers", xformers_attention=True), "give only one of"), (dict(sample_packing=True, group_by_length=True), "all of one length"), (dict(group_by_length=True, curriculum_sampling=True), "contradict"),
     (dict(sample_packing=True, sample_packing_sequentially=True, sample_packing_group_size=9), "no gap is closed"), (dict(sample_packing=True, packing="tight", sample_packing_group_size=9), "all samples"), (dict(eval_table_size=2, generate_samples=True, val_set_size=0.1), "ask for the same"),
     (dict(adapter="qlora", lora_target_linear=True), "needs `load_in_4bit: true`"), (dict(adapter="lora", lora_target_linear=True, unfrozen_parameters=["a"]), "trains weights of the base"),
     (dict(adapter="lora", lora_target_parameters=["e"], lora_dropout=0.1), "allows no `lora_dropout`"),
@@ -142,7 +142,7 @@ ALSO = [ # further branches of the same rules
     *[(dict(adapter="lora", lora_target_linear=True) | kw, m) for kw, m in ((dict(peft_init_lora_weights="eva"), "looks at data"), (dict(peft_init_lora_weights="loftq"), "needs its settings"),
         (dict(peft_init_lora_weights="pissa", peft=dict(loftq_config={})), "both say how"), (dict(load_in_4bit=True, peft=dict(loftq_config={})), "quantises the base itself"),
         (dict(load_in_8bit=True, peft_init_lora_weights="olora"), "must not be quantised"), (dict(peft_use_dora=True, peft_init_lora_weights="pissa"), "length of the base's columns"),
-        (dict(peft_init_lora_weights="orthogonal", lora_r=3), "even rank"))], (dict(adapter="lora", lora_target_linear=True, lisa_n_layers=2), "trains weights of the base"),
+        (dict(peft_init_lora_weights="orthogonal", lora_r=3), "even rank"))],
     (dict(use_pose=True, pose_max_context_len=5), "leaves nothing to skip"), (dict(use_pose=True, pose_max_context_len=9999, sample_packing=True), "gives a row its own positions"), (dict(unfrozen_parameters=["a[3:]"], optimizer="adalomo"), "names rows"),
     (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True, debug=True)), "no effect with `use_reentrant: true`")]
 

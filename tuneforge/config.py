@@ -118,8 +118,9 @@ class _Passes:
 # %% ../nbs/05_config.ipynb #2c741ae8
 @patch
 def strange(self:_Passes):
-    "Drop keys that are the author's own, and those that cannot be keys"
-    for k in [k for k in self.values if isinstance(k, str) and k.startswith("x-")]: del self.values[k]
+    "Drop keys that are the author's own, those that switch off what tuneforge doesn't do anyway, and those that cannot be keys"
+    off = lambda k: k in ELSEWHERE and self.values[k] in OFF
+    for k in [k for k in self.values if isinstance(k, str) and (k.startswith("x-") or off(k))]: del self.values[k]
     for path,e,_ in list(self.entries()):
         for k in [k for k in e if not isinstance(k, str)]:
             self.problems.append(Problem(f"unknown key `{k}`"+(f" under `{dotted(path)}`" if path else ""), path+(k,)))

@@ -38,7 +38,8 @@ COLUMNS = {"full fp32": dict(float32=True), "full bf16": dict(bfloat16=True), "L
     "QLoRA": dict(float32=True, load_in_4bit=True, **_lora | dict(adapter="qlora"))}
 "what is tried -> keys of the config"
 
-GPU = {"full fp16": dict(fp16=True), "flash attention": dict(bf16=True, attn_implementation="flash_attention_2"), "QLoRA, flash": dict(bf16=True, load_in_4bit=True, attn_implementation="flash_attention_2", **_lora | dict(adapter="qlora"))}
+GPU = {"full fp16": dict(fp16=True), "flash attention": dict(bf16=True, attn_implementation="flash_attention_2"), "QLoRA, flash": dict(bf16=True, load_in_4bit=True, attn_implementation="flash_attention_2", **_lora | dict(adapter="qlora")),
+    "xformers": dict(bf16=True, attn_implementation="xformers")}
 GPU_ONLY = {"full fp16": "mixed precision in fp16 needs a GPU", "flash attention": "FlashAttention needs a GPU", "QLoRA, flash": "FlashAttention needs a GPU",
     "GPTQ": "no checkpoint can be made on the spot: gptqmodel (the extra `gptq`) quantises with calibration data; a test does it where that is installed", "xformers": "xFormers needs a GPU"}
 "columns that a machine without a GPU leaves empty, and why"

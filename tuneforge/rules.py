@@ -73,7 +73,7 @@ def in_yaml(
 ONE_OF = ["batch_size gradient_accumulation_steps", "warmup_ratio warmup_steps", "saves_per_epoch save_steps", "evals_per_epoch eval_steps", "test_datasets val_set_size", "embedding_lr embedding_lr_scale",
     "max_memory gpu_memory_limit", "unfrozen_parameters lisa_n_layers spectrum_top_fraction", "relora_steps jagged_restart_steps", "pose_split_on_token_ids pose_num_chunks", "deepspeed fsdp", "rl reward_model", "lr_groups loraplus_lr_ratio", "sample_packing batch_flattening", "datasets pretraining_dataset", "load_in_8bit load_in_4bit gptq",
     "cut_cross_entropy chunked_cross_entropy liger_cross_entropy liger_fused_linear_cross_entropy flash_attn_cross_entropy unsloth_cross_entropy_loss", "fp16 bfloat16 float16 float32 bf16",
-    "attn_implementation flash_attention sdp_attention eager_attention flex_attention xformers_attention s2_attention"]
+    "attn_implementation flash_attention sdp_attention eager_attention flex_attention xformers_attention"]
 "Keys of which only one can be meant"
 
 @rule
@@ -89,7 +89,7 @@ NEEDS = {
     "peft_layers_to_transform": "peft_layers_pattern", "relora|relora_steps": "relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload", "jagged_restart_steps": "jagged_restart_warmup_steps jagged_restart_anneal_steps",
     "lisa_n_layers": "lisa_step_interval lisa_layers_attribute", "sample_packing": "eval_sample_packing packing sample_packing_sequentially sample_packing_group_size sample_packing_bin_size", "sample_packing|batch_flattening|pretraining_sample_concatenation": "packing_check", "use_pose": "pose_split_on_token_ids pose_max_context_len pose_num_chunks",
     "pretraining_dataset": "pretraining_sample_concatenation pretrain_multipack_buffer_size pretrain_multipack_attn", "streaming": "streaming_multipack_buffer_size", "torch_compile": "torch_compile_backend torch_compile_mode",
-    "gradient_checkpointing": "gradient_checkpointing_kwargs activation_offloading", "chunked_cross_entropy": "chunked_cross_entropy_num_chunks", "flex_attention|attn_implementation=flex_attention": "flex_attn_compile_kwargs",
+    "gradient_checkpointing": "gradient_checkpointing_kwargs activation_offloading", "chunked_cross_entropy": "chunked_cross_entropy_num_chunks",
     "fsdp|fsdp_config": "fsdp_version fsdp_final_state_dict_type", "rl": "rl_beta rl_adapter_ref_model max_prompt_len", "rl=dpo,ipo": "dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs", "rl=dpo": "rpo_alpha", "rl=orpo": "orpo_alpha",
     "rl=simpo": "simpo_gamma cpo_alpha", "rl=kto": "kto_desirable_weight kto_undesirable_weight", "loss_watchdog_threshold": "loss_watchdog_patience", "load_best_model_at_end|early_stopping_patience|save_strategy=best": "metric_for_best_model",
     "metric_for_best_model": "greater_is_better", "do_causal_lm_eval": "eval_causal_lm_metrics", "do_bench_eval": "bench_dataset bench_split", "generate_samples": "num_generation_samples generation_max_new_tokens generation_temperature generation_do_sample generation_top_p generation_top_k", "generate_samples|eval_table_size": "generation_prompt_ratio",
@@ -287,7 +287,6 @@ def _stopping_needs_evaluations(cfg):
 def _packing_gets_along(cfg):
     if not cfg.sample_packing: return
     if cfg.rl: yield "sample_packing", "preference pairs cannot be packed: set `sample_packing: false`"
-    if cfg.s2_attention: yield "sample_packing", "`s2_attention` shifts tokens between samples: set `sample_packing: false`"
 
 @rule
 def _order_is_one(cfg):
@@ -341,7 +340,6 @@ def _targets_are_a_pattern(cfg):
 @rule
 def _adapter_gets_along(cfg):
     if not cfg.adapter: return
-    if cfg.flash_attn_fuse_qkv: yield "flash_attn_fuse_qkv", "`flash_attn_fuse_qkv` joins the layers that the adapter adapts: remove it"
     for k in ("unfrozen_parameters","lisa_n_layers","spectrum_top_fraction"):
         if getattr(cfg, k): yield k, f"`{k}` trains weights of the base, and an adapter neither changes nor saves them: name layers to train in full under `lora_modules_to_save`"
     if cfg.lora_target_parameters and cfg.lora_dropout: yield "lora_dropout", "`lora_target_parameters` allows no `lora_dropout`"
