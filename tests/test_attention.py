@@ -5,8 +5,9 @@ from typing import get_args
 import logging
 import pytest, torch
 from tuneforge.all import *
-from tuneforge.attention import FLASH, backends, register_xformers, visible_runs, why_no_flash, why_no_xformers, why_not, why_not_this_model, xformers_attention, xformers_mask
+from tuneforge.attention import FLASH, backends, why_no_flash, why_not, why_not_this_model
 from tuneforge.config import Backend
+from tuneforge.xformers import register_xformers, visible_runs, why_no_xformers, xformers_attention, xformers_mask
 from tests.test_isolation import alone, as_bins, loss_and_grads, rows, tok
 
 has_xformers = find_spec("xformers") is not None

@@ -41,6 +41,7 @@ from .strips import *
 from .precision import *
 from .vocabulary import *
 from .models import *
+from .xformers import *
 from .attention import *
 from .adapters import *
 from .trainable import *

@@ -33,6 +33,7 @@ class Token:
         where = f"characters {self.start}–{self.end}" if self.start is not None else ""
         return " · ".join(o for o in (f"id {self.id}", who, where, "trained" if self.trained else f"not trained: {self.why}" if self.why else "not trained") if o)
 
+# %% ../nbs/16_inspect.ipynb #66f8de03
 def token_text(
     tokenizer, # transformers tokenizer
     id:int, # token id
