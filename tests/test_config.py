@@ -6,7 +6,7 @@ from pydantic import TypeAdapter
 from tuneforge.config import *
 from tuneforge.document import ConfigError, Document, UserError
 from tuneforge.options import *
-from tuneforge.options import HARMLESS, MOVED, NOT_YET, RENAMED
+from tuneforge.options import HARMLESS, MOVED, NOT_YET, REFUSED, RENAMED
 from tuneforge.rules import OFF
 from tests.tools import ROOT
 
@@ -40,7 +40,7 @@ def load(text, tmp_path, *overrides, **kw):
     ("sample_packing: maybe", 6, 17, "should be true or false"),
     ("learning_rate: 2", 6, 1, "given twice, first in line 5"),
     ("deepspeed: zero3.json", 6, 1, "known, but not supported yet"),
-    ("gradient_checkpointing: offload_disk", 6, 1, "`gradient_checkpointing: offload_disk` is known, but not supported yet"),
+    ("gradient_checkpointing: offload_disk", 6, 1, "`gradient_checkpointing: offload_disk` is Axolotl's, and tuneforge does not serve it"),
     ("attn_implementation: flash_atention_3", 6, 22, "did you mean `flash_attention_3`"),
     ("attn_implementation: kernels-community/flash-attn3", 6, 22, "should be one of `flash_attention_2`, `flash_attention_3`, `flash_attention_4`, `xformers`, `flex_attention`, `sdpa`, `eager`"),
     ("s2_attention: true", 6, 1, "tuneforge does not serve it: shifted sparse attention"),
@@ -166,14 +166,17 @@ def test_every_axolotl_key_is_known(tmp_path):
 
 
 def test_what_is_not_built_is_refused_and_what_is_off_is_not(tmp_path):
-    for key in [k for k in NOT_YET if "=" not in k and "." not in k]:
+    for key in [k for k in (*NOT_YET, *REFUSED) if "=" not in k and "." not in k]:
         assert load_config(yaml.safe_load(GOOD) | {key: None}), key
         f = AllOptions.model_fields[key]
         if f.default in OFF and not isinstance(f.default, list): load_config(yaml.safe_load(GOOD) | {key: f.default})
     text = GOOD+"fsdp: [full_shard]\ntensor_parallel_size: 2\nrl: dpo\n"
     assert all("not supported yet" in p.message for p in problems(text, tmp_path)) and len(problems(text, tmp_path))==3
     assert load(text, tmp_path, planned=True).rl=="dpo"
-    with pytest.raises(ConfigError, match=r"`pretraining_dataset\[0\].trust_remote_code` is known, but not supported yet"):
+    for key in [k for k in REFUSED if "." not in k]:
+        name, _, value = key.partition("=")
+        with pytest.raises(ConfigError, match=f"`{name}{f': {value}' if value else ''}` is Axolotl's, and tuneforge does not serve it: "): load_config(yaml.safe_load(GOOD) | {name: value or (dict(layers=2) if name=="peft_adapter" else "AutoProcessor" if name=="processor_type" else True)})
+    with pytest.raises(ConfigError, match=r"`pretraining_dataset\[0\].trust_remote_code` is Axolotl's, and tuneforge does not serve it: `datasets` itself runs no such code"):
         load_config(dict(base_model="x", learning_rate=1, max_steps=3, pretraining_dataset=[dict(path="x", trust_remote_code=True)]))
 
 
@@ -187,7 +190,7 @@ def test_what_is_not_done_here_may_be_switched_off():
 
 def test_tables_name_keys_that_exist():
     assert any("says nothing here" in n for n in load_config(dict(base_model="x", learning_rate=1, datasets=[dict(path="y", type=dict(field="z"))])).notes)
-    names = {k.split("=")[0].split(".")[-1] for k in (*NOT_YET, *HARMLESS)} | {v for k, v in RENAMED.items()}
+    names = {k.split("=")[0].split(".")[-1] for k in (*NOT_YET, *REFUSED, *HARMLESS)} | {v for k, v in RENAMED.items()}
     assert names <= set(KEYS) | set(ENTRY) | set(SpecialTokens.model_fields) | set(CustomFormat.model_fields)
     assert not (set(RENAMED) | set(MOVED)) & set(KEYS)
 

@@ -4,7 +4,7 @@ import jsonschema, pytest, yaml
 from tuneforge.config import load_config
 from tuneforge.document import UserError
 from tuneforge.explain import NewConfig, config_rows, explain, first_row, json_schema, sniff_format
-from tuneforge.options import AllOptions, DatasetOptions, NOT_YET
+from tuneforge.options import AllOptions, DatasetOptions, NOT_YET, REFUSED
 from tests.tools import ROOT, run, tuneforge
 
 GOOD = dict(base_model="x", datasets=[dict(path="y")], learning_rate=1e-4)
@@ -37,7 +37,7 @@ def test_bases_may_hold_what_is_required():
 def test_every_key_is_explained():
     for k in AllOptions.model_fields:
         said = explain(k)
-        assert k in said and AllOptions.model_fields[k].description in said and ("not supported yet" in said.split("\n\n")[0])==(k in NOT_YET), k
+        assert k in said and AllOptions.model_fields[k].description in said and ("not supported yet" in said.split("\n\n")[0])==(k in NOT_YET) and ("does not serve" in said.split("\n\n")[0])==(k in REFUSED), k
     assert "also called" in explain("model_type") and "type_of_model" in explain("model_type")
     for bad, says in [("lora_rr", "did you mean `lora_r`"), ("rope_scaling", "is no more"), ("trl", "does not serve")]:
         with pytest.raises(UserError, match=says): explain(bad)

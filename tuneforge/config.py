@@ -20,7 +20,7 @@ from pydantic import PrivateAttr, SecretStr, ValidationError
 from .derive import derived
 from .document import ConfigError, Document, Mark, Problem, UserError, did_you_mean, nearest, one_slip
 from .options import *
-from .options import ELSEWHERE, HARMLESS, MOVED, NOT_YET, RENAMED, SYNONYMS
+from .options import ELSEWHERE, HARMLESS, MOVED, NOT_YET, REFUSED, RENAMED, SYNONYMS, unserved
 from .remote import MAX_BYTES, fetch_text, is_url
 from .rules import NOTES, OFF, check_rules
 
@@ -222,17 +222,14 @@ def harmless(self:_Passes):
 
 @patch
 def unsupported(self:_Passes):
-    "Refuse what is not built yet"
+    "Refuse what is not served"
     for path,e,group in self.entries():
         prefix = _prefix(path)
         for k,v in list(e.items()):
             f = group.model_fields.get(k)
-            if f is None or not _wants(v, f) and f"{prefix}{k}={v}" not in NOT_YET: continue
-            name = "{}" if isinstance(v, dict) else v
-            advice = NOT_YET.get(prefix+k) or (NOT_YET.get(f"{prefix}{k}={name}") if not isinstance(v, list) else None)
-            if advice is None: continue
-            said = f"`{dotted(path+(k,))}`" if prefix+k in NOT_YET else f"`{dotted(path+(k,))}: {'a block' if name=='{}' else v}`"
-            self.problems.append(Problem(f"{said} is known, but not supported yet: {advice}", path+(k,)))
+            if f is None or not _wants(v, f): continue
+            whole,value = unserved(prefix+k),unserved(f"{prefix}{k}={v}") if isinstance(v, str) else None
+            if whole or value: self.problems.append(Problem(f"`{dotted(path+(k,))}{'' if whole else f': {v}'}` is {whole or value}", path+(k,)))
 
 # %% ../nbs/05_config.ipynb #b6abeb75
 def _path_of(e, values):
@@ -364,7 +361,7 @@ def rows(
     follows,given = derived(self),sorted(self.model_fields_set, key=self._order)
     res = [(name, v, self.where(*path)) for k in given for name,v,path in _leaves(k, getattr(self, k), (k,)) if k not in follows]
     if resolved or all: res += [(k, v, f"derived: {why}") for k,(v,why) in follows.items()]
-    return res + [(k, getattr(self, k), "default") for k in type(self).model_fields if all and k not in {*self.model_fields_set, *follows, *NOT_YET}]
+    return res + [(k, getattr(self, k), "default") for k in type(self).model_fields if all and k not in {*self.model_fields_set, *follows, *NOT_YET, *REFUSED}]
 
 @patch
 def _order(self:Config, key):

@@ -13,7 +13,7 @@ import json
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from .config import PLACES, Config, ELSEWHERE, HARMLESS, MOVED, NOT_YET, RENAMED, field_names
+from .config import PLACES, Config, ELSEWHERE, HARMLESS, MOVED, NOT_YET, REFUSED, RENAMED, field_names, unserved
 from .document import ConfigError, Document, UserError, did_you_mean
 from .options import AllOptions, topic, type_in_words
 from .rules import NEEDS, ONE_OF, in_yaml
@@ -32,8 +32,8 @@ def _find(key):
 
 def _status(place, name):
     path = f"{place.replace('[]', '')}.{name}" if place else name
-    values = [k.split("=")[1] for k in NOT_YET if k.startswith(f"{path}=")]
-    if path in NOT_YET: return f"not supported yet: {NOT_YET[path]}"
+    values = [k.split("=")[1] for k in (*NOT_YET, *REFUSED) if k.startswith(f"{path}=")]
+    if why := unserved(path): return why
     if path in HARMLESS: return f"accepted, says nothing: {HARMLESS[path]}"
     return "works" + (f", but for {', '.join(values)}" if values else "")
 
