@@ -65,7 +65,6 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "streams_end": (dict(streaming=True), "needs `max_steps`", dict(streaming=True, max_steps=5)),
     "texts_are_joined_one_way": (dict(datasets=[], max_steps=5, pretraining_dataset=[dict(path="a")], pretraining_sample_concatenation=True, sample_packing=True), "give only one of", dict(datasets=[], max_steps=5, pretraining_dataset=[dict(path="a")], pretraining_sample_concatenation=True, pretrain_multipack_attn=False)),
     "jinja_has_text": (dict(chat_template="jinja"), "needs `chat_template_jinja`", dict(chat_template="jinja", chat_template_jinja="{{ x }}")),
-    "raw_rows_have_no_duplicates": (dict(skip_prepare_dataset=True, dataset_exact_deduplication=True), "cannot be compared", dict(dataset_exact_deduplication=True)),
     "keys_of_the_type": (dict(datasets=[dict(path="y", type="completion", roles_to_train=["user"])]), "`roles_to_train` has no effect with `type: completion`", dict(datasets=[CHAT | dict(roles_to_train=["user"])])),
     "mixtures_are_whole": (dict(datasets=[dict(path="y", weight=1), dict(path="z")]), "give every dataset a `weight`", dict(datasets=[dict(path="y", weight=1), dict(path="z", weight=2)], mix_by="rows")),
     "a_part_has_a_number": (dict(dataset_shard_num=3, dataset_shard_idx=3), "the last of 3 parts is 2", dict(dataset_shard_num=3, dataset_shard_idx=0)),

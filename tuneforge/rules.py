@@ -176,10 +176,6 @@ def _jinja_has_text(cfg):
         if choice=="jinja" and not text: yield (*path,"chat_template"), "`chat_template: jinja` needs `chat_template_jinja`"
         if text and choice not in (None,"jinja"): yield (*path,"chat_template"), f"`chat_template: {choice}` contradicts `chat_template_jinja`: write `chat_template: jinja`"
 
-@rule
-def _raw_rows_have_no_duplicates(cfg):
-    if cfg.skip_prepare_dataset and cfg.dataset_exact_deduplication: yield "dataset_exact_deduplication", "rows that are not tokenised (`skip_prepare_dataset`) cannot be compared"
-
 # %% ../nbs/02_rules.ipynb #844cdeab
 @rule
 def _mixtures_are_whole(cfg):
