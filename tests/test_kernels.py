@@ -76,6 +76,29 @@ def test_every_kind_of_output_layer(arch):
     assert model(input_ids=ids).logits.shape[1]==10 # nothing stays on the model
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_output_layer(bits):
+    "Its matrix product is the library's own, so the layer is called piece by piece"
+    import bitsandbytes as bnb
+    model = tiny("llama?tie_word_embeddings=false")
+    n, wide = model.lm_head.weight.shape
+    head = bnb.nn.Linear4bit(wide, n, bias=False, quant_type="nf4", compute_dtype=torch.float32) if bits==4 else bnb.nn.Linear8bitLt(wide, n, bias=False, has_fp16_weights=False)
+    before = model.lm_head.weight.detach().clone()
+    head.load_state_dict(model.lm_head.state_dict())
+    model.set_output_embeddings(head.to("cpu"))
+    ids = torch.randint(9, 700, (2, 16), generator=torch.Generator().manual_seed(5))
+    grads = {}
+    for way in ("whole", "pieces"):
+        model.zero_grad()
+        if way=="whole": loss = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        else:
+            with HeadLoss(model, pieces=3) as pieces: loss = pieces(model(input_ids=ids), ids)
+        loss.backward()
+        grads[way] = torch.cat([loss.detach()[None], *[p.grad.flatten() for p in model.parameters() if p.grad is not None]])
+    assert not torch.equal(model.lm_head(torch.eye(wide)).T, before) # it is quantised
+    assert torch.allclose(grads["pieces"], grads["whole"], rtol=1e-4, atol=1e-3*grads["whole"].abs().max().item()*(0.1 if bits==4 else 1))
+
+
 def test_no_trained_token():
     model = tiny("llama")
     ids = torch.arange(8)[None]
