@@ -192,6 +192,14 @@ def test_a_changed_key_is_refused(data, stopped, key):
     assert len(list(stopped.glob("checkpoint-*")))==1 and not list(stopped.glob("earlier-*")) # nothing was touched
 
 
+def test_a_changed_config_is_refused_before_anything_is_loaded(data, stopped, monkeypatch):
+    def loads(*args): raise AssertionError("something was loaded")
+    for name in ("load_tokenizer", "load_data", "load_model"): monkeypatch.setattr(f"tuneforge.train.{name}", loads)
+    for resume in ("auto", str(stopped/"checkpoint-2")):
+        with pytest.raises(UserError, match="learning_rate: 0.001 → 0.0005"): train(config(data, stopped, resume=resume, max_steps=4, learning_rate=5e-4))
+    with pytest.raises(AssertionError): train(config(data, stopped, resume="auto", max_steps=4))
+
+
 def test_changed_data_are_refused(data, stopped, tmp_path):
     rows = [json.loads(l) for l in data.read_text().splitlines()]
     other = write_jsonl(tmp_path/"other.jsonl", [r | dict(output=r["output"]+"!") if i==0 else r for i, r in enumerate(rows)])

@@ -6,8 +6,9 @@ Docs: https://tuneforge.github.io/tuneforge/checkpoint.html.md"""
 
 # %% auto #0
 __all__ = ['MANIFEST', 'SAVING', 'MAY_CHANGE', 'digest', 'seal', 'set_aside', 'publish', 'read_manifest', 'damage', 'checkpoints',
-           'resume_from', 'prune', 'drift', 'data_facts', 'plan_facts', 'versions', 'Run', 'world_size',
-           'on_first_rank', 'ResumableTrainer', 'make_way', 'run_to_end', 'mean_of_log']
+           'resume_from', 'prune', 'drift', 'has_changed', 'Changed', 'check_config', 'data_facts', 'plan_facts',
+           'versions', 'Run', 'world_size', 'on_first_rank', 'ResumableTrainer', 'make_way', 'run_to_end',
+           'mean_of_log']
 
 # %% ../nbs/32_checkpoint.ipynb #dbc41ce3
 import hashlib,json,math,os,platform,re,shutil,time
@@ -171,6 +172,29 @@ def drift(
     a,b = pick(then),pick(now)
     said = lambda d,k: json.dumps(d[k], default=str) if k in d else "(not there)"
     return [f"{k}: {said(a, k)} → {said(b, k)}" for k in dict.fromkeys([*a, *b]) if said(a, k)!=said(b, k)]
+
+# %% ../nbs/32_checkpoint.ipynb #d3b02d77
+def has_changed(
+    checkpoint, # folder
+    wrong:list[str], # from `drift`
+) -> str: # for a person
+    "What has changed since a checkpoint"
+    return f"since {checkpoint} was written, this has changed:\n  "+"\n  ".join(wrong)
+
+class Changed(UserError):
+    "The run is another one than the checkpoint's"
+    def __init__(self, checkpoint, wrong): super().__init__(f"resume: {has_changed(checkpoint, wrong)}\n`--allow-drift` goes on all the same; `resume: never` begins anew")
+
+def check_config(
+    cfg:Config, # all options
+):
+    "Raise `Changed` if the config is not that of the checkpoint that the run would go on from"
+    choice = resume_choice(cfg)
+    newest = [] if choice=="never" else checkpoints(cfg.output_dir)[-1:] if choice=="auto" else [Path(choice)]
+    for p in newest:
+        try: then = read_manifest(p)
+        except (OSError, ValueError): return # whether it is damaged is found out when it is read
+        if wrong := drift(then, then | dict(config=without_secrets(cfg.model_dump(mode="json")))): raise Changed(p, wrong)
 
 # %% ../nbs/32_checkpoint.ipynb #d8f4f227
 def data_facts(
@@ -337,11 +361,10 @@ class ResumableTrainer(_Restored):
         "Compare this run with a checkpoint. Raises `UserError` with every difference."
         then = read_manifest(Path(checkpoint))
         self.start,self.before,wrong = then["step"],then["seconds"],drift(then, self.facts)
-        said = f"since {checkpoint} was written, this has changed:\n  "+"\n  ".join(wrong)
-        if wrong and not allow_drift: raise UserError(f"resume: {said}\n`--allow-drift` goes on all the same; `resume: never` begins anew")
+        if wrong and not allow_drift: raise Changed(checkpoint, wrong)
         self.drifted = bool(wrong)
         if newer := [f"{p} {v} → {versions().get(p)}" for p,v in then["versions"].items() if versions().get(p)!=v]: log.warning(f"other versions than in {checkpoint}: {', '.join(newer)}")
-        if wrong: log.warning(said)
+        if wrong: log.warning(has_changed(checkpoint, wrong))
 
 # %% ../nbs/32_checkpoint.ipynb #9ef27a58
 def make_way(

@@ -19,7 +19,7 @@ from .adapters import add_adapter
 from .attention import NEED_MASK, Isolation, check_isolation, isolations, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
 from .card import how_to_ask, model_card, write_card
-from .checkpoint import Run, data_facts, mean_of_log, on_first_rank, plan_facts, resume_from, run_to_end
+from .checkpoint import Run, check_config, data_facts, mean_of_log, on_first_rank, plan_facts, resume_from, run_to_end
 from .config import Config, PackingOptions, TrainOptions, UserError, log
 from .dataset import Prepared, train_entries
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval, isolates, packs, strategy
@@ -259,6 +259,7 @@ def train(
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
     with held(cfg.output_dir):
         check_hub(cfg)
+        if not allow_drift: check_config(cfg)
         return until_it_fits(as_before(cfg), lambda c: train_once(c, callbacks, allow_drift))
 
 # %% ../nbs/34_train.ipynb #abd7c371
