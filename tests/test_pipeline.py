@@ -323,3 +323,12 @@ def test_special_tokens_in_texts_are_said_with_their_place(tmp_path, mixed):
     assert len(said)==1 and said[0].startswith("2 rows hold special tokens") and "x0.jsonl:3, " in said[0] and "x0.jsonl:5" in said[0]
     rows = [r|dict(output="There.") for r in rows]
     assert prep(tmp_path, [rows], name="y").report.sources[0].hints==[] # `note` is not read
+
+
+@pytest.mark.parametrize("split, says", [(None, True), ("test", False)])
+def test_a_split_that_nobody_named_is_said(tmp_path, split, says):
+    (tmp_path/"set").mkdir()
+    for name in ("train", "test"): write_jsonl(tmp_path/"set"/f"{name}.jsonl", [dict(instruction=f"Where is {name} {i}?", output="There.") for i in range(4)])
+    given = dict(split=split) if split else {}
+    sources = prepare_data(DataOptions(datasets=[DatasetOptions(path=str(tmp_path/"set"))], test_datasets=[DatasetOptions(path=str(tmp_path/"set"), **given)], dataset_prepared_path=str(tmp_path/"prepared")), TOK).report.sources
+    assert [s.hints for s in sources]==[[], ["`split` is not given, so the rows of `train` are evaluated on; there are test, train"]*says]

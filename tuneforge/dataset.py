@@ -28,7 +28,7 @@ from .files import as_rows, raw_row
 from .hub import ask_hub, fetch_folder, hub_place, push_folder
 from .prompts import FORMATS, find_format, own_function, prompt_format, with_defaults, without_input
 from .report import BAD, CUT_UNTRAINED, HELD_OUT, LONG, LOST, OTHER_SHARD, OVER_CAP, REASONS, SHORT, TWICE, UNDER_WEIGHT, UNTRAINED, DataReport, SourceReport, check_losses, length_counts, load_report, save_report, tally
-from .sources import fingerprint, is_local, load_rows, read_rows, row_places
+from .sources import fingerprint, is_local, load_rows, read_rows, row_places, splits_of
 from .store import MANIFEST, digest, is_whole, made_once, why_missing
 from .templates import resolve_template
 from .tokens import IGNORE, Batch, Sample, cut_up, disagreement, group_texts, is_tokenised, golden_prompts, tokenise_rows
@@ -614,13 +614,19 @@ def _unused_format(spec, rows):
         if any(r.get(spec.field_input) for r in as_rows(rows[a:a+1000])[0]): return []
     return [f"no row has `{spec.field_input}`, so `type.format` is used for none of them: their prompt is {bare!r}. Give `no_input_format`, or `field_input` if the column has another name"]
 
+def _unnamed_split(entry, role):
+    "What to say where rows to evaluate on are those of `train` only because nobody said which"
+    if role!="valid" or "split" in entry.model_fields_set or len(names := splits_of(entry))<2: return []
+    return [f"`split` is not given, so the rows of `train` are evaluated on; there are {', '.join(names)}"]
+
 def _prepare(entry, number, opts, encoder, folder, role):
     "One entry, tokenised into `folder`, with its report"
     folder.mkdir(parents=True)
     entry,tokenizer = with_defaults(entry, opts),encoder.tokenizer
     fmt,rows = prompt_format(entry, tokenizer),read_rows(entry, opts.on_bad_row)
     encoder = _proven(encoder, rows, fmt, opts, entry.path)
-    report = SourceReport(entry.path, role, rows_in=len(rows), engine=encoder.engine.name, hints=_unused_format(entry.type, rows)+_special_hint(entry, rows, fmt, tokenizer))
+    hints = _unnamed_split(entry, role)+_unused_format(entry.type, rows)+_special_hint(entry, rows, fmt, tokenizer)
+    report = SourceReport(entry.path, role, rows_in=len(rows), engine=encoder.engine.name, hints=hints)
     part = Part.of(entry, prepare_source(entry, rows, fmt, opts, encoder, folder, take_rows(len(rows), entry.max_rows, opts.seed, number)), report)
     report.bad = list_bad(part, rows, folder.parent/"quarantine.jsonl" if opts.on_bad_row=="quarantine" else None)
     golden = _compare(entry, rows, fmt, opts, tokenizer, report)
