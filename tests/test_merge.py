@@ -1,5 +1,5 @@
 "Merging against PEFT's own merge, against the adapter's logits, and against what may go wrong"
-import ctypes, json, os, re, subprocess, sys
+import ctypes, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
@@ -228,6 +228,34 @@ def test_the_wrong_base_is_refused(tmp_path, caplog):
     caplog.clear()
     merge(cfg)
     assert "was trained on" not in caplog.text
+
+
+def trained(tmp_path, base, **kw):
+    data = write_jsonl(tmp_path/"t.jsonl", [dict(instruction="a", output="b")]*4)
+    cfg = load_config(dict(base_model=str(base), datasets=[dict(path=str(data), type="alpaca")], dataset_prepared_path=str(tmp_path/"prepared"), output_dir=str(tmp_path/"out"), learning_rate=1e-3, max_steps=1, save_strategy="no", adapter="lora", lora_r=4, lora_alpha=16, **QV) | kw)
+    train(cfg)
+    return cfg
+
+
+def test_another_base_of_the_same_shape_is_refused(tmp_path, caplog):
+    "Weights are known by what they are, not by their path"
+    for name in ("base", "moved"): shutil.copytree(resolve_model("tiny:llama"), tmp_path/name)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path/"base")
+    for p in model.parameters(): p.data += 0.01
+    model.save_pretrained(tmp_path/"other")
+    load_tokenizer(TokenizerOptions(base_model="tiny:llama")).save_pretrained(tmp_path/"other")
+    cfg = trained(tmp_path, tmp_path/"base")
+    with pytest.raises(UserError, match="trained on other weights than those in .*other.*--other-base"): merge(cfg.replace(base_model=str(tmp_path/"other")))
+    merge(cfg.replace(base_model=str(tmp_path/"moved")))
+    assert "was trained on" not in caplog.text
+    merge(cfg.replace(base_model=str(tmp_path/"other")), other_base=True)
+    assert "is merged into" in caplog.text
+
+
+def test_tokens_that_the_config_lacks_are_named(tmp_path):
+    cfg = trained(tmp_path, "tiny:llama", tokens=["<tool>", "</tool>"])
+    given = {k: v for k, v in cfg.explicit().items() if k!="tokens"}
+    with pytest.raises(UserError, match="trained with 2 tokens that this config does not add: <tool>, </tool>. Give the same `tokens`"): merge(Config(**given))
 
 
 def test_a_broken_adapter_is_refused(tmp_path):

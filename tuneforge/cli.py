@@ -79,10 +79,11 @@ def merge_lora(
     out:str=None, # folder for the merged model; default: `merged` in `output_dir`
     max_kl:float=1e-3, # refuse a merge that moves predictions further than this, in nats
     original:bool=False, # merge into the weights of the files, even if training saw them in 4 or 8 bits
+    other_base:bool=False, # merge into other weights than those that the adapter was trained beside
 ):
     "Merge the adapter into its base model, and prove that nothing changed"
     from tuneforge.all import merge
-    folder,proof = merge(cfg, out, max_kl, original)
+    folder,proof = merge(cfg, out, max_kl, original, other_base)
     print(f"{proof}\nmerged into {folder}: KL {proof.kl:.1g} nats, same token in {proof.same_token:.1%}")
 
 def evaluate(

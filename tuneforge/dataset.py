@@ -6,9 +6,9 @@ Docs: https://tuneforge.github.io/tuneforge/dataset.html.md"""
 
 # %% auto #0
 __all__ = ['CUT', 'VERIFIED_TEXT', 'drop_reason', 'needed_length', 'Pieces', 'fit_lengths', 'stopping_row', 'list_array',
-           'prepare_source', 'trained_tokens', 'Part', 'describe_part', 'list_bad', 'expand_entries', 'train_entries',
-           'walk', 'samples_by_row', 'compare_prompts', 'look_at', 'drop_duplicates', 'take_shard', 'set_aside',
-           'weigh', 'mixture_shares', 'order_samples', 'shuffles_first', 'code_parts', 'engine_parts',
+           'prepare_source', 'trained_tokens', 'read_batches', 'Part', 'describe_part', 'list_bad', 'expand_entries',
+           'train_entries', 'walk', 'samples_by_row', 'compare_prompts', 'look_at', 'drop_duplicates', 'take_shard',
+           'set_aside', 'weigh', 'mixture_shares', 'order_samples', 'shuffles_first', 'code_parts', 'engine_parts',
            'tokenizer_parts', 'entry_parts', 'key_parts', 'data_key', 'Prepared', 'table_lengths', 'sample_lengths',
            'texts_of', 'rows_matching', 'special_in_text', 'load_prepared', 'prepared_place', 'why_miss',
            'prepare_data']
@@ -158,6 +158,14 @@ def trained_tokens(
     before = np.append(0, np.cumsum(on))
     return before[at[1:]]-before[at[:-1]]
 
+def read_batches(
+    ds, # datasets.Dataset, all of its files
+): # -> iterator of pyarrow record batches
+    "The batches of a dataset, read one after the other: what is mapped instead stays in memory once it was touched"
+    import pyarrow as pa
+    for f in ds.cache_files:
+        with pa.OSFile(f["filename"], "rb") as o: yield from pa.ipc.open_stream(o)
+
 @dataclass
 class Part:
     "The samples of one dataset entry, and what is decided about each"
@@ -173,14 +181,11 @@ class Part:
 
     @classmethod
     def of(cls, entry, ds, report):
-        import pyarrow.compute as pc
-        numbers = lambda k: ds.data.column(k).to_numpy()
-        reason = numbers("reason").copy()
+        facts = [(np.diff(b["input_ids"].offsets), trained_tokens(b["labels"]), b["row"].to_numpy(), b["reason"].to_numpy()) for b in read_batches(ds)]
+        lengths,trained,row,reason = (np.concatenate(o) for o in zip(*facts))
         report.truncated = int((reason==CUT).sum())
         reason[reason==CUT] = 0
-        trained = np.concatenate([trained_tokens(c) for c in ds.data.column("labels").chunks])
-        lengths = pc.list_value_length(ds.data.column("input_ids")).to_numpy()
-        return cls(entry, ds, report, lengths, trained, numbers("row"), reason, (reason==0).astype(np.int32), np.zeros(len(ds), bool))
+        return cls(entry, ds, report, lengths, trained, row, reason, (reason==0).astype(np.int32), np.zeros(len(ds), bool))
     def __repr__(self): return f"Part({self.entry.path}: {len(self.row):,} samples, {int((self.reason==0).sum()):,} used)"
 
 # %% ../nbs/14_dataset.ipynb #5e3b2695

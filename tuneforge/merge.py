@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from .adapters import BASE_FILE, CHANGES_BASE, adapter_folder, load_adapter, load_base, unshare
 from .folder import write_text
 from .config import Config, ModelOptions, UserError, log
 from .models import finished, load_model, model_class, model_config
+from .record import weights_sum
 from .precision import best_device, choose_precision, expert_weights, made_with, overlooked_layers, quantisation
 from .tiny import resolve_model
 from .tokens import load_tokenizer, trusted
@@ -461,9 +463,21 @@ def _way(cfg, folder, tokenizer):
 
 def _settings(folder): return json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
 
-def _say_other_base(cfg, folder):
-    said = _settings(folder).get("base_model_name_or_path")
-    if said and said not in (cfg.base_model, str(resolve_model(cfg.base_model))): log.warning(f"the adapter was trained on {said}, and is merged into {cfg.base_model}")
+def _check_base(cfg, folder, other_base):
+    "Say that the base is another one. Raises `UserError` where its weights are, too, and nobody has said that it is meant."
+    said,run = _settings(folder).get("base_model_name_or_path"),folder/"run.json"
+    then = json.loads(run.read_text(encoding="utf-8"))["fingerprints"].get("base_weights") if run.is_file() else None
+    now = weights_sum(resolve_model(cfg.base_model))
+    if then and now and then!=now and not other_base:
+        raise UserError(f"the adapter in {folder} was trained on other weights than those in {cfg.base_model} (on {said}). `--other-base` merges it all the same; the proof compares with the adapter on *this* base")
+    if said not in (None, cfg.base_model, str(resolve_model(cfg.base_model))) and (then is None or then!=now): log.warning(f"the adapter was trained on {said}, and is merged into {cfg.base_model}")
+
+def _check_tokens(folder, tokenizer):
+    "Raises `UserError` where the adapter was trained with tokens that the config does not add"
+    if not (folder/"tokenizer.json").is_file(): return
+    known = Tokenizer.from_file(str(folder/"tokenizer.json")).get_vocab()
+    lacks = sorted(known.keys()-tokenizer.get_vocab().keys(), key=known.get)
+    if lacks: raise UserError(f"the adapter in {folder} was trained with {len(lacks)} tokens that this config does not add: {', '.join(lacks[:5])}{' …' if len(lacks)>5 else ''}. Give the same `tokens` and `special_tokens` as in training")
 
 def _replace(part, out):
     "Put a finished folder into the place of an older one"
@@ -478,13 +492,15 @@ def merge(
     out:str|Path|None=None, # where the merged model goes; default: `merged` in `output_dir`
     max_kl:float=1e-3, # a drift over this is an error, nats
     original:bool=False, # merge into the weights of the files, even if training saw them in 4 or 8 bits
+    other_base:bool=False, # merge into other weights than those that the adapter was trained beside
 ) -> tuple[Path,Proof]: # (the folder, what the merge kept)
     "Merge the adapter into its base and prove it. Raises `UserError` when there is no adapter, or when predictions change."
     folder,out = adapter_folder(cfg.lora_model_dir or cfg.output_dir),Path(out or Path(cfg.output_dir)/"merged")
     files = set(weight_files(resolve_model(cfg.base_model), cfg.revision_of_model).values())
     _ready(out, sum(f.stat().st_size for f in files))
-    _say_other_base(cfg, folder)
+    _check_base(cfg, folder, other_base)
     tokenizer,device = load_tokenizer(cfg),"cpu" if cfg.lora_on_cpu else best_device(cfg)
+    _check_tokens(folder, tokenizer)
     asked = probes(folder, len(tokenizer))
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:

@@ -228,7 +228,7 @@ def _muon(groups, model, cls, kw, opts): # matrices inside the model for Muon, t
     outside = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None for p in m.parameters()}
     inside,rest = _split(groups, {id(p) for g in groups for p in g["params"] if p.ndim==2}-outside)
     if not inside: raise UserError("`optimizer: muon` is for matrices inside the model, and none is trained")
-    return Joint([cls(inside, **kw)]+[torch.optim.AdamW(rest, lr=kw["lr"], **_adam(opts))]*bool(rest))
+    return Joint([cls(inside, **kw), *([torch.optim.AdamW(rest, lr=kw["lr"], **_adam(opts))] if rest else [])])
 
 def _low_rank_optimizer(groups, model, cls, kw, group, opts):
     yes,no = _split(groups, projected_weights(model, opts.optim_target_modules or []))

@@ -40,6 +40,7 @@ from .record import as_written, fingerprints, git_state, hardware, origins, with
 from .samples import Samples, sample_options, sample_questions
 from .share import HubPush, check_hub
 from .sources import outline
+from .tiny import resolve_model
 from .speed import Meter, flops_per_token, peak_flops
 from .spikes import SpikeWatch
 from .stream import Stream, load_data, report_of
@@ -278,7 +279,7 @@ def describe(
 ) -> Run: # as `run.json` has it
     "What the run is made of, and what has come of it"
     model,tokenizer = trainer.model,trainer.processing_class
-    made = dict(steps=trainer.course.steps, given=as_written(cfg), origins=origins(cfg), fingerprints=fingerprints(trainer.facts, model, tokenizer), hardware=hardware(trainer.args.world_size),
+    made = dict(steps=trainer.course.steps, given=as_written(cfg), origins=origins(cfg), fingerprints=fingerprints(trainer.facts, model, tokenizer, resolve_model(cfg.base_model)), hardware=hardware(trainer.args.world_size),
         git=trainer.facts["git"], ask=how_to_ask(cfg, data.golden, tokenizer), embedding_rows=model.get_input_embeddings().weight.shape[0], **{k: trainer.facts[k] for k in ("steps_per_epoch","rows_per_step")})
     return Run(cfg.output_dir, cfg.model_dump(mode="json"), metrics, asdict(report_of(data)), repr(trainer.course), trainer.state.log_history, model, tokenizer, made)
 
