@@ -19,7 +19,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 
 install: $(READY) ## make .venv with the tested versions of constraints.txt
 
-quickstart: $(READY) ## train, fine-tune, merge and question a small model (a minute on 2 CPU cores)
+quickstart: $(READY) ## train, fine-tune, merge and question a small model (some minutes on 2 CPU cores)
 	$(BIN)/tuneforge quickstart
 
 test: $(READY)   ## everything but the slow cells: drift, notebooks, tests/

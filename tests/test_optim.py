@@ -465,3 +465,11 @@ def test_what_a_library_refuses_is_said(model):
 def test_all_linear_layers(model, spelling):
     from tuneforge.optim import projected_weights
     assert projected_weights(model, options("galore_adamw", optim_target_modules=spelling).optim_target_modules)=={id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+
+
+def test_muon_with_an_adapter(model):
+    "All that is trained are matrices: nothing is left for AdamW"
+    m, o = lora(copy.deepcopy(model), target_modules=["q_proj"]), options("muon")
+    optimizer = make_optimizer(m, o, 8)
+    before = step(m, optimizer, o, 0)
+    assert [type(x).__name__ for x in optimizer.optimizers]==["Muon"] and [step(m, optimizer, o, 0) for _ in range(6)][-1]<before

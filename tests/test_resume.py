@@ -226,6 +226,24 @@ def test_allowed_drift_takes_effect(data, stopped, tmp_path, caplog):
     assert "learning_rate: 0.001 → 0.005" in caplog.text
 
 
+@pytest.mark.parametrize("kw, says", [(dict(lora_r=8), "was \\(4, .*and is \\(8"), (dict(lora_target_linear=False, lora_target_modules=["q_proj"]), "is no part of the adapter any more"), (dict(optimizer="lion_pytorch"), "another optimizer")], ids=["rank", "targets", "optimizer"])
+def test_no_drift_is_allowed_that_cannot_be(data, tmp_path_factory, adapted, kw, says):
+    with pytest.raises(UserError) as e: train(config(data, adapted, resume="auto", max_steps=4, **SMALL | kw))
+    assert "this has changed" in str(e.value) and "--allow-drift" not in str(e.value)
+    with pytest.raises(UserError, match=f"cannot go on from there: .*{says}"): train(config(data, adapted, resume="auto", max_steps=4, **SMALL | kw), allow_drift=True)
+    assert [p.name for p in adapted.glob("*-*") if p.is_dir()]==["checkpoint-2"] # nothing was moved
+
+
+SMALL = dict(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
+
+
+@pytest.fixture(scope="module")
+def adapted(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shapes")/"out"
+    with pytest.raises(Stopped): train(config(data, out, max_steps=4, **SMALL), [StopAt(2)])
+    return out
+
+
 # Ranks
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ __all__ = ['UNCALLED', 'BASE_FILE', 'CHANGES_BASE', 'uncalled', 'linear_layers',
            'load_adapter', 'first_factors', 'make_plain', 'unshare']
 
 # %% ../nbs/22_adapters.ipynb #f7ba2c26
-import json,re
+import json,re,warnings
 from collections import Counter
 from pathlib import Path
 import torch
@@ -41,7 +41,9 @@ def linear_layers(
     return dict(Counter(n for n in names if n not in uncalled(model)))
 
 # %% ../nbs/22_adapters.ipynb #651abbf7
-def _there_are(model): return "there are " + ", ".join(f"{k} ({n})" for k,n in linear_layers(model).items())
+def _there_are(found): return "there are " + ", ".join(f"{k} ({n})" for k,n in found.items())
+def _whole_modules(model): # with weights of their own, by the last part of their names
+    return dict(Counter(n.rpartition(".")[2] for n,m in model.named_modules() if n and any(True for _ in m.parameters(recurse=False))))
 def _listed(x): return [x] if isinstance(x, (str,int)) else list(x or [])
 
 def _unmatched(model, opts):
@@ -62,7 +64,8 @@ def check_targets(
     "Raise `UserError` for names that match nothing, with those that there are"
     text = model.config.get_text_config()
     for key,name in _unmatched(model, opts):
-        raise UserError(f"`{key}`: the model has no `{name}`" + (did_you_mean(name, linear_layers(model)) or f"; {_there_are(model)}"))
+        found = _whole_modules(model) if key=="lora_modules_to_save" else linear_layers(model)
+        raise UserError(f"`{key}`: the model has no `{name}`" + (did_you_mean(name, found) or f"; {_there_are(found)}"))
     for o in uncalled(model):
         t = opts.lora_target_modules
         named = any(re.fullmatch(t, n) for n,_ in model.named_modules() if n.endswith(f".{o}")) if isinstance(t, str) else any(n.rpartition(".")[2]==o for n in t or [])
@@ -227,6 +230,13 @@ def _check_added(model, opts):
         raise UserError("the embedding and the output layer share one weight: an adapter on it cannot be merged. Train it in full, with `lora_modules_to_save: [embed_tokens, lm_head]`, "
             "or some of its tokens, with `peft_trainable_token_indices`")
 
+def _say_untied(model, opts):
+    "Say that training a copy of a shared weight makes two of it"
+    ends = {n.rpartition(".")[2] for n,m in model.named_modules() if m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    copied = sorted(ends & set(opts.lora_modules_to_save or []))
+    if copied and not opts.peft_ensure_weight_tying and model.config.get_text_config().tie_word_embeddings:
+        log.warning(f"`lora_modules_to_save: [{', '.join(copied)}]`: in this model {' and '.join(sorted(ends))} are one weight, and a copy of it is trained: the result has two. `peft_ensure_weight_tying: true` keeps them one")
+
 def add_adapter(
     model, # transformers model; the adapter is put into it
     opts:LoraOptions, # rank, scale, targets, or an adapter to go on from
@@ -239,8 +249,11 @@ def add_adapter(
     model.enable_input_require_grads() # gradient checkpointing needs a gradient to pass through the frozen embedding
     if opts.lora_model_dir: return _go_on(model, opts, new)
     check_targets(model, opts)
+    _say_untied(model, opts)
     try:
-        with _repeatable(opts.peft_init_lora_weights): model = get_peft_model(model, lora_config(model, opts, new))
+        with _repeatable(opts.peft_init_lora_weights), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`") # it was said, with what to do
+            model = get_peft_model(model, lora_config(model, opts, new))
     except (ValueError, TypeError) as e: raise UserError(f"cannot add the adapter: {e}") from e
     _check_added(model, opts)
     if opts.peft_init_lora_weights=="loftq" or opts.peft: _begin_with_loftq(model, opts.peft and opts.peft.loftq_config)

@@ -243,12 +243,12 @@ def _path_of(e, values):
 
 def _shown(v): return s if len(s := repr(v))<60 else s[:57]+"…"
 
-def _expected(f, v):
+def _expected(f, v, key):
     "What should have been given; for one of many values, the nearest"
     options = [o for o in _literals(f.annotation) if isinstance(o, str)]
     near = did_you_mean(v, options) if isinstance(v, str) and options and v not in options else ""
     said = type_in_words(f.annotation, f.metadata)
-    if len(options)>12: said = f"one of {len(options)} names, which `tuneforge config explain` lists"
+    if len(options)>12: said = f"one of {len(options)} names, which `tuneforge config explain {key}` lists"
     if isinstance(v, dict) and any(get_origin(a) is list for a in (f.annotation, *get_args(f.annotation))): said += "; a list entry begins with `- `"
     return near or f", but should be {said}"
 
@@ -263,7 +263,7 @@ def _say(e, values):
     if e["type"]=="extra_forbidden": return Problem(unknown_key(key, path[:-1], group), path)
     if e["type"]=="missing": return Problem(f"`{name}` is missing: {f.description if f else ''}", path[:-1], "value")
     if e["input"] is None and f: return Problem(f"`{name}` is blank, but should be {type_in_words(f.annotation, f.metadata)}", path)
-    if f: return Problem(f"`{name}` is {_shown(e['input'])}{_expected(f, e['input'])}", path, "value")
+    if f: return Problem(f"`{name}` is {_shown(e['input'])}{_expected(f, e['input'], key)}", path, "value")
     i = next(i for i in range(len(path)-1, -1, -1) if (g := group_at(path[:i], values)) and path[i] in g.model_fields) # the field that this is inside of
     t = group_at(path[:i], values).model_fields[path[i]].annotation
     if len(path)==i+2 and isinstance(key, int): return Problem(f"`{name}` is {_shown(e['input'])}, but should be {'a block of `key: value` lines' if groups_in(t) else type_in_words(_items(t))}", path, "value")

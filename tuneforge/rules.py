@@ -427,7 +427,7 @@ def _teeth_have_room(cfg):
     if not (every := getattr(cfg, key)): return
     said = lambda what: next((n for o in ("relora","jagged_restart") if (n := getattr(cfg, f"{o}_{what}_steps")) is not None), None)
     taken = sum(d if n is None else n for n,d in ((said("warmup"), 10), (said("anneal"), 1)))
-    if taken>=every: yield key, f"warmup and cooling take {taken} steps, and there are {every} between two restarts"
+    if taken>=every: yield key, f"warmup and cooling (`jagged_restart_warmup_steps`, by default 10, and `jagged_restart_anneal_steps`, 1) take {taken} steps, and there are {every} between two restarts (`{key}`)"
     if cfg.lr_scheduler in ("one_cycle","reduce_lr_on_plateau","greedy"): yield key, f"`lr_scheduler: {cfg.lr_scheduler}` cannot be restarted"
 
 # %% ../nbs/02_rules.ipynb #18a14c65

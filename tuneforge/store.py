@@ -55,7 +55,7 @@ def why_missing(
 ) -> str: # for a person
     "What has changed since the most similar folder was made"
     made = [(f, m) for f in (sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []) if not f.name.endswith(".part") and (m := read_manifest(f))]
-    if not made: return f"nothing has been prepared in {folder.parent} yet"
+    if not made: return f"nothing had been prepared in {folder.parent} before"
     made.sort(key=lambda o: o[1]["made"], reverse=True) # of several, the newest
     diff,m,near = min(((changes(m["parts"], parts), m, f) for f,m in made), key=lambda o: len(o[0]))
     return f"changed since {near.name} was prepared ({m['made']}):"+"".join(f"\n  {d}" for d in _told(diff, m["parts"], parts))
@@ -122,7 +122,7 @@ def made_once(
             finally:
                 shutil.rmtree(part, ignore_errors=True) # gone already when all went well
                 _lock_file(folder).unlink(missing_ok=True) # whoever waits for it notices, and takes a new one
-            return True,f"prepared: {why}"
+            return True,f"prepared now: {why}"
     except Exception as e: # a full disk comes in the clothes of many libraries; all else is raised as it came
         if disk_full(e): raise _no_room(folder.parent) from e
         raise
