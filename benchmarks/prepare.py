@@ -3,7 +3,7 @@
 Each line is a process of its own, so that its CPU time and memory are its own. `python benchmarks/prepare.py` takes 200,000 instructions and 2,000 chats;
 `--rows 2000000 --chats 10000` are the sizes of the table in the docs.
 """
-import argparse, json, os, random, resource, subprocess, sys, tempfile, time
+import argparse, json, os, random, resource, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 os.environ |= dict(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", MPLBACKEND="agg")
@@ -51,16 +51,29 @@ def options(folder, name, engine, workers=1):
         tokenizer_engine=engine, dataset_processes=workers, val_set_size=0.0)
 
 
+class Watch(threading.Thread):
+    "The most memory of this process that is not a part of a mapped file, in bytes; what is mapped can be given back at any time"
+    def __init__(self): super().__init__(daemon=True); self.most, self.over = 0, threading.Event()
+    def run(self):
+        while not self.over.wait(0.05): self.most = max(self.most, self.now())
+    @staticmethod
+    def now(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon"))*1024
+
+
 def prepared(folder, name, engine, workers):
     from tuneforge.all import load_tokenizer, prepare_data
     import tuneforge.train # what a training imports, too
     opts = options(folder, name, engine, workers)
     tok, before = load_tokenizer(opts), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cpu = lambda: time.process_time()+sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    watch, anon = Watch(), Watch.now()
+    watch.start()
     start, start_cpu = time.perf_counter(), cpu()
     data = prepare_data(opts, tok)
     first = data.train[:8]
-    return time.perf_counter()-start, cpu()-start_cpu, data.report.sources[0].tokens, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024
+    took = time.perf_counter()-start, cpu()-start_cpu
+    watch.over.set()
+    return *took, data.report.sources[0].tokens, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024, (watch.most-anon)/2**20
 
 
 if __name__=="__main__":
@@ -77,7 +90,7 @@ if __name__=="__main__":
     from rich.table import Table
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), args.rows, args.chats)
-        table = Table("rows", "engine", "workers", "seconds", "CPU s", "rows/s", "MB/s", "tokens/CPU s", "share of bare", "memory over imports")
+        table = Table("rows", "engine", "workers", "seconds", "CPU s", "rows/s", "MB/s", "tokens/CPU s", "share of bare", "memory over imports", "not in files")
         for name, n in dict(instructions=args.rows, chats=args.chats).items():
             size = (Path(folder)/f"{name}.jsonl").stat().st_size/1e6
             base = None
@@ -87,5 +100,5 @@ if __name__=="__main__":
                 if out.returncode: sys.exit(out.stderr)
                 wall, cpu, tokens, *mem = json.loads(out.stdout.splitlines()[-1])
                 base = base or tokens/cpu
-                table.add_row(f"{n:,} {name}", engine, str(workers), f"{wall:.1f}", f"{cpu:.1f}", f"{n/wall:,.0f}", f"{size/wall:.1f}", f"{tokens/cpu:,.0f}", f"{tokens/cpu/base:.0%}", f"{mem[0]:,.0f} MiB" if mem else "")
+                table.add_row(f"{n:,} {name}", engine, str(workers), f"{wall:.1f}", f"{cpu:.1f}", f"{n/wall:,.0f}", f"{size/wall:.1f}", f"{tokens/cpu:,.0f}", f"{tokens/cpu/base:.0%}", *(f"{m:,.0f} MiB" for m in mem))
         Console(width=140).print(table)
