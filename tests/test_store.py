@@ -102,7 +102,7 @@ def test_templates_that_nobody_reads_are_a_hit(home):
 
 def test_why_miss_names_the_part(home):
     ask = lambda **kw: why_miss(Config(**BASE | kw), TOK)
-    assert "nothing has been prepared" in ask() and not (home/"last_run_prepared").exists()
+    assert "nothing had been prepared" in ask() and not (home/"last_run_prepared").exists()
     prepare_data(Config(**BASE), TOK)
     assert "prepared, and will be used" in ask()
     prepare_data(Config(**BASE | dict(sequence_len=300, min_sample_len=3)), TOK) # a less similar one, and newer

@@ -181,7 +181,7 @@ class Part:
 
     @classmethod
     def of(cls, entry, ds, report):
-        facts = [(np.diff(b["input_ids"].offsets), trained_tokens(b["labels"]), b["row"].to_numpy(), b["reason"].to_numpy()) for b in read_batches(ds)]
+        facts = [(np.diff(b["input_ids"].offsets), trained_tokens(b["labels"]), b["row"].to_numpy().copy(), b["reason"].to_numpy().copy()) for b in read_batches(ds)] # copies: a view would keep its whole batch
         lengths,trained,row,reason = (np.concatenate(o) for o in zip(*facts))
         report.truncated = int((reason==CUT).sum())
         reason[reason==CUT] = 0
