@@ -1,9 +1,10 @@
 "Trackers have the figures that run.json has, cost no run, and hold no secrets"
-import json, os, struct, zipfile
+import json, os, socket, struct, time, zipfile
 from pathlib import Path
 import pytest
+from transformers import TrainerState
 from tuneforge.all import *
-from tuneforge.trackers import QUIET
+from tuneforge.trackers import QUIET, Tracker
 from tests.tools import write_jsonl
 
 FIGURES = ("loss", "grad_norm", "learning_rate", "eval_loss")
@@ -150,3 +151,30 @@ def test_a_tracker_that_fails_costs_no_run(data, tmp_path, caplog):
     (tmp_path/"tensorboard").write_text("in the way")
     r = train(config(data, tmp_path, use_tensorboard=True))
     assert r.metrics["steps"]==3 and caplog.text.count("TensorBoard is off")==1
+
+
+class Talks(Tracker):
+    "A library whose error repeats what it was called with"
+    title, errors = "Talks", (RuntimeError,)
+    def begin(self, model, args):
+        o = self.opts
+        raise RuntimeError(f"API request to {o.mlflow_tracking_uri}api?sig=QUERYPW failed for postgresql://u:MORE@PW@db/x: {o.comet_api_key.get_secret_value()}, {o.comet_experiment_config}, {os.environ['MLFLOW_TRACKING_PASSWORD']}")
+
+
+@pytest.mark.parametrize("password, seen", [("SECRETPW", "SECRETPW"), ("SEC/RET@PW", "RET"), ("SECRET%40PW", "SECRET")])
+def test_a_message_holds_no_secrets(password, seen, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "ENVPW")
+    cfg = Config(base_model="x", learning_rate=1, datasets=[dict(path="y")], use_mlflow=True, mlflow_tracking_uri=f"http://u:{password}@127.0.0.1:9/", comet_api_key="KEYPW", use_comet=True, comet_experiment_config=dict(api_key="NESTEDPW"))
+    t = Talks(cfg, {}, "out")
+    t.on_train_begin(None, TrainerState(), None)
+    assert "http://127.0.0.1:9/api failed for postgresql://db/x" in caplog.text and "RuntimeError" in caplog.text and not t.on
+    assert "PW" not in caplog.text and seen not in caplog.text
+
+
+def test_an_unreachable_mlflow_costs_seconds_and_tells_no_password(data, tmp_path, caplog):
+    pytest.importorskip("mlflow")
+    with socket.socket() as s: # its port is closed
+        s.bind(("127.0.0.1", 0))
+        t = time.monotonic()
+        r = train(config(data, tmp_path, use_mlflow=True, mlflow_tracking_uri=f"http://u:SECRETPW@127.0.0.1:{s.getsockname()[1]}/"))
+    assert r.metrics["steps"]==3 and time.monotonic()-t<60 and "MLflow is off" in caplog.text and "SECRETPW" not in caplog.text

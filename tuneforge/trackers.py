@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from .config import Config, UserError, log
 from .options import LoggingOptions
-from .record import without_secrets
+from .record import masked, without_secrets
 from transformers import TrainerCallback
 from transformers.integrations import rewrite_logs
 from transformers.trainer_callback import ExportableState
@@ -45,7 +45,7 @@ class Tracker(TrainerCallback, ExportableState):
         try: return f(*args)
         except (*self.errors,OSError) as e:
             self.on = False
-            log.warning(f"{self.title} is off for the rest of this run, which goes on: {type(e).__name__}: {e}")
+            log.warning(f"{self.title} is off for the rest of this run, which goes on: {masked(f'{type(e).__name__}: {e}', self.opts)}")
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero: return
         self.on = True
