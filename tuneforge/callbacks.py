@@ -55,10 +55,12 @@ class LiveProgress(TrainerCallback):
     ):
         self.meter,self.title,self.said,self.losses,self.curve,self.show = meter,title,{},[],[],None
     def on_train_begin(self, args, state, control, **kwargs):
-        self.meter.begin(state.global_step)
+        self.meter.start = None
         self.losses = [h["loss"] for h in state.log_history if "loss" in h][-200:]
         self.show = _display(screen, self.title, state.max_steps)
         self.show.start(state.global_step)
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.meter.start is None: self.meter.begin(state.global_step) # what other callbacks did first, such as reaching a server, is no training
     def on_step_end(self, args, state, control, **kwargs): self.show.update(state.global_step, self._text(state.global_step), self.curve)
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs = logs or {}
