@@ -140,15 +140,17 @@ class LossWatchdog(TrainerCallback, ExportableState):
     def __init__(self,
         threshold:float|None=None, # stop over this; None: only when it is no number
         patience:int=3, # log lines over the threshold before it stops
+        left=str, # says what there is to go on from
     ):
-        self.threshold,self.patience,self.over = threshold,patience,0
+        self.threshold,self.patience,self.left,self.over = threshold,patience,left,0
     def state(self): return dict(args={}, attributes=dict(over=self.over)) # kept in checkpoints
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = (logs or {}).get("loss")
         if loss is None: return
-        if not math.isfinite(loss): raise UserError(f"the loss is {loss} at step {state.global_step}: try a lower `learning_rate`, or float32")
+        if not math.isfinite(loss): self.end(f"the loss is {loss} at step {state.global_step}", ", or `float32: true`")
         self.over = self.over+1 if self.threshold and loss>self.threshold else 0
-        if self.over>=self.patience: raise UserError(f"the loss was over {self.threshold} (`loss_watchdog_threshold`) {self.over} times in a row, last {loss:.2f} at step {state.global_step}")
+        if self.over>=self.patience: self.end(f"the loss was over {self.threshold} (`loss_watchdog_threshold`) {self.over} times in a row, last {loss:.2f} at step {state.global_step}")
+    def end(self, why, also=""): raise UserError(f"{why}. {self.left()}Try a lower `learning_rate`{also}, and look at the data with `tuneforge preview`")
 
 # %% ../nbs/31_callbacks.ipynb #4da3dcd9
 class Cadence(TrainerCallback):
