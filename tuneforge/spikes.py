@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from .config import Config, UserError, log
 from .dataset import Prepared, expand_entries, with_defaults
 from .derive import streams
+from .folder import share_weights
 from .guards import fused
 from .inspect import token_texts
 from .losses import HeadLoss
@@ -417,6 +418,7 @@ def _seal(self:SpikeWatch, part, target, model, step, why, ranks, facts, others_
         weights="weights.safetensors" if weights else None, why_no_weights=why_not, worst=[s | dict(loss=_plain(s["loss"])) for s in worst], samples=samples, config=self.cfg.model_dump(mode="json", exclude_unset=True)) | facts
     try:
         if weights: save_file(weights, part/"weights.safetensors")
+        share_weights(part)
         (part/"capsule.json").write_text(json.dumps(said, ensure_ascii=False, indent=1), encoding="utf-8")
         if target.exists(): shutil.rmtree(target) # of an earlier try at this step
         part.rename(target)

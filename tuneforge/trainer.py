@@ -20,6 +20,7 @@ from .card import no_other_card
 from .checkpoint import ResumableTrainer, damage
 from .config import log
 from .dataset import Prepared
+from .folder import share_weights
 from .guards import Guard, fused
 from .loaders import PlanLoader, StreamLoader
 from .losses import within
@@ -53,6 +54,7 @@ class HookedTrainer(ResumableTrainer):
         with no_other_card(folder) if self.args.should_save else nullcontext(): super().save_model(output_dir, _internal_call)
         (folder/"training_args.bin").unlink(missing_ok=True) # a pickle; run.json says it all
         for h in self.hooks if self.args.should_save else []: h.save(folder, not _internal_call)
+        if self.args.should_save: share_weights(folder)
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for h in self.hooks: h.load(Path(resume_from_checkpoint))
