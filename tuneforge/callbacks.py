@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Column
 from rich.text import Text
 from .config import UserError, log
 from .generate import screen
@@ -77,10 +78,21 @@ class LiveProgress(TrainerCallback):
         return "  ".join([f"{n} {said[k]}" for k,n in names.items() if k in said]+[f"{now['tokens_per_second']:,.0f} tok/s", *share, f"{now['memory_gib']:.1f} GiB"])
 
 # %% ../nbs/31_callbacks.ipynb #f0000005
+def _clock(seconds): # 1:05, or 2:01:05
+    if seconds is None: return "?"
+    m,s = divmod(int(seconds), 60)
+    return f"{m//60}:{m%60:02}:{s:02}" if m>59 else f"{m}:{s:02}"
+
+class _Times(ProgressColumn):
+    "How far it is, for how long it has run, and how long it still takes"
+    def render(self, task):
+        left = "" if task.finished else f" · {_clock(task.time_remaining)} left"
+        return Text(f"{task.completed:.0f}/{task.total:.0f} · {_clock(task.elapsed)} gone{left}", style="progress.remaining")
+
 class _Bar:
     "A live bar in a terminal, a line of figures and a curve below it"
     def __init__(self, console, title, total):
-        self.p = Progress(TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, expand=True)
+        self.p = Progress(TextColumn("{task.description}"), BarColumn(None), _Times(Column(no_wrap=True)), console=console, expand=True)
         self.task,self.live = self.p.add_task(title, total=total),Live(self.p, console=console, refresh_per_second=4)
     def start(self, step): self.live.start(); self.p.update(self.task, completed=step)
     def update(self, step, text, losses=()):
