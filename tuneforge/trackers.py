@@ -151,8 +151,8 @@ class Comet(Tracker):
 QUIET = dict(WANDB_ERROR_REPORTING="false", MLFLOW_DISABLE_TELEMETRY="true", COMET_DISABLE_AUTO_LOGGING="1", COMET_ERROR_TRACKING_ENABLE="false", MLFLOW_ALLOW_FILE_STORE="true")
 "environment: no telemetry, no rewiring, and folders of MLflow as they were"
 
-BRIEF = dict(MLFLOW_HTTP_REQUEST_MAX_RETRIES="2", MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR="1", MLFLOW_HTTP_REQUEST_TIMEOUT="10", COMET_HTTP_SESSION_RETRY_TOTAL="1", COMET_GET_OR_ADD_EXPERIMENT_RETRY_CONNECT="2")
-"environment: a server that cannot be reached is given up after seconds, not minutes"
+BRIEF = dict(MLFLOW_HTTP_REQUEST_MAX_RETRIES="2", MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR="1", MLFLOW_HTTP_REQUEST_TIMEOUT="8", COMET_HTTP_SESSION_RETRY_TOTAL="1", COMET_GET_OR_ADD_EXPERIMENT_RETRY_CONNECT="2")
+"environment: a server that cannot be reached is given up within the half minute that is usual between SIGTERM and SIGKILL"
 
 TRACKERS = dict(tensorboard=(TensorBoard, "tensorboard", ()), wandb=(Wandb, "wandb", ("wandb_project",)), mlflow=(MLflow, "mlflow", ("mlflow_experiment_name",)), comet=(Comet, "comet_ml", ("comet_project_name",)))
 "name -> (class, its package, what it follows from)"
