@@ -4,6 +4,7 @@ import pytest
 from transformers import TrainerCallback
 from tuneforge.all import *
 from tuneforge.folder import HOLDER, LOCK
+from tuneforge.train import save_run, set_up
 from tests.tools import ROOT, write_jsonl
 
 HOLD = "import sys, time\nfrom tuneforge.folder import held\nwith held(sys.argv[1]):\n    {}\n    print('held', flush=True)\n    time.sleep(600)"
@@ -87,3 +88,24 @@ def test_a_run_refuses_a_second_one_but_no_reader(tmp_path):
     before = set((tmp_path/"out2").parent.iterdir())
     with pytest.raises(UserError): train(cfg(output_dir=str(tmp_path/"out2"), optimizer="adamw_bnb_8bit", base_model=str(tmp_path/"nothing")))
     assert set((tmp_path/"out2").parent.iterdir())==before # a run that cannot begin leaves no folder
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+@pytest.mark.parametrize("adapter", [dict(adapter="lora", lora_r=2, lora_target_linear=True), dict()], ids=["adapter", "whole"])
+def test_weights_may_be_read_by_whom_the_umask_says(tmp_path, umask, adapter):
+    "In the folder, in a checkpoint, in the merged model, and in a capsule of a spike"
+    village = Village()
+    data = write_jsonl(tmp_path/"train.jsonl", village.questions(list(village.people)[:2]))
+    was = os.umask(umask)
+    try:
+        cfg = load_config(dict(base_model="tiny:llama?num_hidden_layers=1", datasets=[dict(path=str(data), type="alpaca")], dataset_prepared_path=str(tmp_path/"prepared"),
+            output_dir=str(tmp_path/"out"), sequence_len=128, learning_rate=1e-3, max_steps=1, save_strategy="steps", save_steps=1) | adapter)
+        trainer, found, _ = set_up(cfg)
+        trainer.spikes.only = 1 # keeps a capsule of it
+        save_run(cfg, trainer, found, run_to_end(trainer))
+        merged = [merge(cfg)[0]] if adapter else []
+    finally: os.umask(was)
+    folders = [tmp_path/"out", tmp_path/"out"/"checkpoint-1", tmp_path/"out"/"spikes"/"step-1", *merged]
+    modes = {str(f): f.stat().st_mode & 0o777 for d in folders for f in d.glob("*.safetensors")}
+    assert len({str(f.parent) for d in folders for f in d.glob("*.safetensors")})==len(folders) and set(modes.values())=={0o666 & ~umask}, modes
+    assert not [f for f in tmp_path.rglob("*.part")]

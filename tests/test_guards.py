@@ -4,6 +4,7 @@ import pytest, torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from tuneforge.all import *
+from tuneforge.train import set_up
 from tests.tools import write_jsonl
 
 
@@ -81,3 +82,21 @@ def test_a_profile_changes_nothing(data, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
     found = [e["name"] for e in json.loads((tmp_path/"a"/"profile.json").read_text())["traceEvents"] if e["name"].startswith("Optimizer.step")]
     assert len(found)==2
+
+
+@pytest.mark.parametrize("kw", [dict(optimizer="lomo"), dict(optimizer="galore_adamw_layerwise", optim_target_modules=["attn", "mlp"])], ids=["lomo", "galore"])
+def test_a_norm_that_is_not_known_is_not_shown(data, tmp_path, kw, capsys):
+    "Their gradients are gone before anybody could measure them all"
+    pytest.importorskip("lomo_optim" if kw["optimizer"]=="lomo" else "galore_torch")
+    r = train(config(data, tmp_path, gradient_accumulation_steps=1, weight_decay=0, max_steps=2, **kw))
+    assert len(losses(r))==2 and not any("grad_norm" in h for h in r.history) and "grad norm" not in "".join(capsys.readouterr())
+    trainer, *_ = set_up(config(data, tmp_path/"b", gradient_accumulation_steps=1, weight_decay=0, max_steps=1, **kw))
+    trainer.spikes.only = 1 # keeps a capsule of it
+    run_to_end(trainer)
+    capsule = Capsule.load(tmp_path/"b"/"spikes"/"step-1")
+    assert capsule.facts["grad_norm"] is None and "gradient norm" not in repr(capsule)
+
+
+def test_a_norm_that_is_known_is_shown(data, tmp_path, capsys):
+    r = train(config(data, tmp_path, max_steps=2))
+    assert all(h["grad_norm"]>0 for h in r.history if "loss" in h) and "grad norm" in "".join(capsys.readouterr())

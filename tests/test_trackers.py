@@ -1,9 +1,10 @@
 "Trackers have the figures that run.json has, cost no run, and hold no secrets"
-import json, os, struct, zipfile
+import json, os, socket, struct, time, zipfile
 from pathlib import Path
 import pytest
+from transformers import TrainerState
 from tuneforge.all import *
-from tuneforge.trackers import QUIET
+from tuneforge.trackers import BRIEF, QUIET, Tracker
 from tests.tools import write_jsonl
 
 FIGURES = ("loss", "grad_norm", "learning_rate", "eval_loss")
@@ -19,7 +20,7 @@ def data(tmp_path_factory):
 def nobody(tmp_path, monkeypatch):
     "A machine without keys"
     for k in [k for k in os.environ if k.startswith(("WANDB_", "COMET_", "MLFLOW_"))]: monkeypatch.delenv(k)
-    for k in QUIET: monkeypatch.setenv(k, QUIET[k]) # gone afterwards
+    for k, v in (QUIET | BRIEF).items(): monkeypatch.setenv(k, v) # gone afterwards
     monkeypatch.setenv("NETRC", str(tmp_path/"none"))
     monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -150,3 +151,56 @@ def test_a_tracker_that_fails_costs_no_run(data, tmp_path, caplog):
     (tmp_path/"tensorboard").write_text("in the way")
     r = train(config(data, tmp_path, use_tensorboard=True))
     assert r.metrics["steps"]==3 and caplog.text.count("TensorBoard is off")==1
+
+
+class Talks(Tracker):
+    "A library whose error repeats what it was called with"
+    title, errors = "Talks", (RuntimeError,)
+    def begin(self, model, args):
+        o = self.opts
+        raise RuntimeError(f"API request to {o.mlflow_tracking_uri}api?sig=QUERYPW failed for postgresql://u:MORE@PW@db/x: {o.comet_api_key.get_secret_value()}, {o.comet_experiment_config}, {os.environ['MLFLOW_TRACKING_PASSWORD']}")
+
+
+@pytest.mark.parametrize("password, seen", [("SECRETPW", "SECRETPW"), ("SEC/RET@PW", "RET"), ("SECRET%40PW", "SECRET")])
+def test_a_message_holds_no_secrets(password, seen, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "ENVPW")
+    cfg = Config(base_model="x", learning_rate=1, datasets=[dict(path="y")], use_mlflow=True, mlflow_tracking_uri=f"http://u:{password}@127.0.0.1:9/", comet_api_key="KEYPW", use_comet=True, comet_experiment_config=dict(api_key="NESTEDPW"))
+    t = Talks(cfg, {}, "out")
+    t.on_train_begin(None, TrainerState(), None)
+    assert "http://127.0.0.1:9/api failed for postgresql://db/x" in caplog.text and "RuntimeError" in caplog.text and not t.on
+    assert "PW" not in caplog.text and seen not in caplog.text
+
+
+def test_an_unreachable_mlflow_costs_seconds_and_tells_no_password(data, tmp_path, caplog):
+    pytest.importorskip("mlflow")
+    with socket.socket() as s: # its port is closed
+        s.bind(("127.0.0.1", 0))
+        t = time.monotonic()
+        r = train(config(data, tmp_path, use_mlflow=True, mlflow_tracking_uri=f"http://u:SECRETPW@127.0.0.1:{s.getsockname()[1]}/"))
+    assert r.metrics["steps"]==3 and time.monotonic()-t<40 and "MLflow is off" in caplog.text and "SECRETPW" not in caplog.text
+
+
+def test_short_waits_unless_the_user_says_otherwise(data, tmp_path, monkeypatch):
+    for k in BRIEF: monkeypatch.delenv(k)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "6")
+    check_trackers(config(data, tmp_path, mlflow_experiment_name="e", mlflow_tracking_uri="x", hf_mlflow_log_artifacts=True))
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]=="6" and "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ # a server takes its time over a checkpoint
+    check_trackers(config(data, tmp_path, mlflow_experiment_name="e", mlflow_tracking_uri="x"))
+    assert {k: os.environ[k] for k in BRIEF}==BRIEF | dict(MLFLOW_HTTP_REQUEST_MAX_RETRIES="6")
+
+
+def test_short_waits_are_variables_that_the_libraries_know():
+    pytest.importorskip("mlflow"), pytest.importorskip("comet_ml")
+    from mlflow import environment_variables
+    from comet_ml.config import get_config
+    for k in BRIEF: assert hasattr(environment_variables, k) if k.startswith("MLFLOW") else get_config(k.lower().replace("_", ".", 1).replace("session_", "session.").replace("experiment_", "experiment.")) is not None, k
+
+
+def test_waiting_for_a_server_is_no_training():
+    "Nor is anything else that begins with the run"
+    live, state = LiveProgress(Meter(lambda step: step*1000)), TrainerState(max_steps=2)
+    live.on_train_begin(None, state, None)
+    time.sleep(0.5)
+    live.on_step_begin(None, state, None)
+    live.on_train_end(None, state, None)
+    assert live.meter.rate(1)>1000/0.4

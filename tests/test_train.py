@@ -128,7 +128,9 @@ def test_nothing_is_pickled(data, tmp_path):
 
 
 def test_a_hopeless_run_stops(data, tmp_path):
-    with pytest.raises(UserError, match="loss_watchdog_threshold"): train(config(data, tmp_path, max_steps=20, loss_watchdog_threshold=1.0))
+    with pytest.raises(UserError, match=f"loss_watchdog_threshold.* at step 3. Neither a checkpoint nor a model was written to {tmp_path}. Try a lower `learning_rate`.*tuneforge preview"): train(config(data, tmp_path, max_steps=20, loss_watchdog_threshold=1.0))
+    with pytest.raises(UserError, match=f"The last checkpoint is {tmp_path}/b/checkpoint-2, and no model was written"): train(config(data, tmp_path/"b", max_steps=20, loss_watchdog_threshold=1.0, save_strategy="steps", save_steps=1))
+    assert [p.name for p in checkpoints(tmp_path/"b")][-1]=="checkpoint-2" and not (tmp_path/"b"/"model.safetensors").exists()
 
 
 def test_packing_is_refused_where_it_leaks(data, tmp_path):

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Column
 from rich.text import Text
 from .config import UserError, log
 from .generate import screen
@@ -55,10 +56,12 @@ class LiveProgress(TrainerCallback):
     ):
         self.meter,self.title,self.said,self.losses,self.curve,self.show = meter,title,{},[],[],None
     def on_train_begin(self, args, state, control, **kwargs):
-        self.meter.begin(state.global_step)
+        self.meter.start = None
         self.losses = [h["loss"] for h in state.log_history if "loss" in h][-200:]
         self.show = _display(screen, self.title, state.max_steps)
         self.show.start(state.global_step)
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.meter.start is None: self.meter.begin(state.global_step) # what other callbacks did first, such as reaching a server, is no training
     def on_step_end(self, args, state, control, **kwargs): self.show.update(state.global_step, self._text(state.global_step), self.curve)
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs = logs or {}
@@ -75,10 +78,21 @@ class LiveProgress(TrainerCallback):
         return "  ".join([f"{n} {said[k]}" for k,n in names.items() if k in said]+[f"{now['tokens_per_second']:,.0f} tok/s", *share, f"{now['memory_gib']:.1f} GiB"])
 
 # %% ../nbs/31_callbacks.ipynb #f0000005
+def _clock(seconds): # 1:05, or 2:01:05
+    if seconds is None: return "?"
+    m,s = divmod(int(seconds), 60)
+    return f"{m//60}:{m%60:02}:{s:02}" if m>59 else f"{m}:{s:02}"
+
+class _Times(ProgressColumn):
+    "How far it is, for how long it has run, and how long it still takes"
+    def render(self, task):
+        left = "" if task.finished else f" · {_clock(task.time_remaining)} left"
+        return Text(f"{task.completed:.0f}/{task.total:.0f} · {_clock(task.elapsed)} gone{left}", style="progress.remaining")
+
 class _Bar:
     "A live bar in a terminal, a line of figures and a curve below it"
     def __init__(self, console, title, total):
-        self.p = Progress(TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, expand=True)
+        self.p = Progress(TextColumn("{task.description}"), BarColumn(None), _Times(Column(no_wrap=True)), console=console, expand=True)
         self.task,self.live = self.p.add_task(title, total=total),Live(self.p, console=console, refresh_per_second=4)
     def start(self, step): self.live.start(); self.p.update(self.task, completed=step)
     def update(self, step, text, losses=()):
@@ -138,15 +152,17 @@ class LossWatchdog(TrainerCallback, ExportableState):
     def __init__(self,
         threshold:float|None=None, # stop over this; None: only when it is no number
         patience:int=3, # log lines over the threshold before it stops
+        left=str, # says what there is to go on from
     ):
-        self.threshold,self.patience,self.over = threshold,patience,0
+        self.threshold,self.patience,self.left,self.over = threshold,patience,left,0
     def state(self): return dict(args={}, attributes=dict(over=self.over)) # kept in checkpoints
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = (logs or {}).get("loss")
         if loss is None: return
-        if not math.isfinite(loss): raise UserError(f"the loss is {loss} at step {state.global_step}: try a lower `learning_rate`, or float32")
+        if not math.isfinite(loss): self.end(f"the loss is {loss} at step {state.global_step}", ", or `float32: true`")
         self.over = self.over+1 if self.threshold and loss>self.threshold else 0
-        if self.over>=self.patience: raise UserError(f"the loss was over {self.threshold} (`loss_watchdog_threshold`) {self.over} times in a row, last {loss:.2f} at step {state.global_step}")
+        if self.over>=self.patience: self.end(f"the loss was over {self.threshold} (`loss_watchdog_threshold`) {self.over} times in a row, last {loss:.2f} at step {state.global_step}")
+    def end(self, why, also=""): raise UserError(f"{why}. {self.left()}Try a lower `learning_rate`{also}, and look at the data with `tuneforge preview`")
 
 # %% ../nbs/31_callbacks.ipynb #4da3dcd9
 class Cadence(TrainerCallback):

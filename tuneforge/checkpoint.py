@@ -6,9 +6,9 @@ Docs: https://tuneforge.github.io/tuneforge/checkpoint.html.md"""
 
 # %% auto #0
 __all__ = ['MANIFEST', 'SAVING', 'MAY_CHANGE', 'SHAPE', 'digest', 'seal', 'set_aside', 'publish', 'read_manifest', 'damage',
-           'checkpoints', 'resume_from', 'prune', 'drift', 'has_changed', 'Changed', 'check_config', 'misfitting',
-           'data_facts', 'plan_facts', 'versions', 'Run', 'world_size', 'on_first_rank', 'ResumableTrainer', 'make_way',
-           'run_to_end', 'mean_of_log']
+           'checkpoints', 'resume_from', 'prune', 'what_is_left', 'drift', 'has_changed', 'Changed', 'check_config',
+           'misfitting', 'data_facts', 'plan_facts', 'versions', 'Run', 'world_size', 'on_first_rank',
+           'ResumableTrainer', 'make_way', 'run_to_end', 'mean_of_log']
 
 # %% ../nbs/32_checkpoint.ipynb #dbc41ce3
 import hashlib,json,math,os,platform,re,shutil,time
@@ -148,6 +148,14 @@ def prune(
         (output_dir/SAVING).mkdir(exist_ok=True)
         shutil.rmtree(p.rename(output_dir/SAVING/f"{p.name}.old"))
     return [p.name for p in gone]
+
+# %% ../nbs/32_checkpoint.ipynb #5ec1e711
+def what_is_left(
+    output_dir:str|Path, # of a run that has not come to its end
+) -> str: # a sentence
+    "What such a run leaves"
+    good = [p for p in checkpoints(output_dir) if _ours(p)]
+    return f"The last checkpoint is {good[-1]}, and no model was written. " if good else f"Neither a checkpoint nor a model was written to {output_dir}. "
 
 # %% ../nbs/32_checkpoint.ipynb #c29eb00f
 MAY_CHANGE = {

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from .adapters import BASE_FILE, CHANGES_BASE, adapter_folder, load_adapter, load_base, unshare
-from .folder import write_text
+from .folder import share_weights, write_text
 from .config import Config, ModelOptions, UserError, log
 from .models import finished, load_model, model_class, model_config
 from .record import weights_sum
@@ -508,6 +508,7 @@ def merge(
         bare,adapted,merged = _way(cfg, folder, tokenizer)(cfg, folder, tokenizer, list(asked.values()), device, original, part)
         proof = Proof(list(asked), [drift(a, b) for a,b in zip(bare, adapted)], [drift(a, b) for a,b in zip(adapted, merged)], max_kl)
         if not proof.holds: raise UserError(f"the merged model predicts something else than the adapter: KL {proof.kl:.2g} nats, over {max_kl:g}; nothing was written\n{proof}")
+        share_weights(part)
         write_text(part/"merge.json", json.dumps(dict(adapter=str(folder), base_model=cfg.base_model, original=original, proof=asdict(proof)), indent=1))
         _replace(part, out)
     finally: shutil.rmtree(part, ignore_errors=True)

@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from .config import Config, UserError, log
 from .dataset import Prepared, expand_entries, with_defaults
 from .derive import streams
+from .folder import share_weights
+from .guards import fused
 from .inspect import token_texts
 from .losses import HeadLoss
 from .options import DataOptions, EvalOptions, parse_size
@@ -209,7 +211,8 @@ class Capsule:
     def samples(self): return sorted(self.facts["samples"], key=hardness, reverse=True)
     def __repr__(self):
         f,n = self.facts,len(self.facts["samples"])
-        head = f"step {f['step']}: {f['why']}\nloss {float(f['loss']):.4g}, gradient norm {float(f['grad_norm']):.4g}; {n} samples"+f" on {f['world_size']} ranks"*(f['world_size']>1)
+        norm = "" if f["grad_norm"] is None else f", gradient norm {float(f['grad_norm']):.4g}" # some optimizers know none
+        head = f"step {f['step']}: {f['why']}\nloss {float(f['loss']):.4g}{norm}; {n} samples"+f" on {f['world_size']} ranks"*(f['world_size']>1)
         return "\n".join([head, *(f"{float(s['loss']):8.3f}  {s.get('place') or 'sample '+str(s['id'])}" for s in self.samples[:WORST])])
 
 # %% ../nbs/32_spikes.ipynb #a04fa9a6
@@ -411,10 +414,11 @@ def _seal(self:SpikeWatch, part, target, model, step, why, ranks, facts, others_
     worst = sorted((s for _,top,_,_ in ranks for s in top), key=hardness, reverse=True)[:WORST]
     samples = [s | dict(loss=_plain(s["loss"])) for some,*_ in ranks for s in some]
     loss = sum(f["loss"] for *_,f,_ in ranks)/len(ranks)
-    said = dict(step=step, why=why, loss=_plain(loss), grad_norm=_plain(ranks[0][2]["grad_norm"]), world_size=len(ranks), trained_tokens=int(self.n_items), micro_batches=len(self.batches),
+    said = dict(step=step, why=why, loss=_plain(loss), grad_norm=None if fused(self.cfg.optimizer) else _plain(ranks[0][2]["grad_norm"]), world_size=len(ranks), trained_tokens=int(self.n_items), micro_batches=len(self.batches),
         weights="weights.safetensors" if weights else None, why_no_weights=why_not, worst=[s | dict(loss=_plain(s["loss"])) for s in worst], samples=samples, config=self.cfg.model_dump(mode="json", exclude_unset=True)) | facts
     try:
         if weights: save_file(weights, part/"weights.safetensors")
+        share_weights(part)
         (part/"capsule.json").write_text(json.dumps(said, ensure_ascii=False, indent=1), encoding="utf-8")
         if target.exists(): shutil.rmtree(target) # of an earlier try at this step
         part.rename(target)

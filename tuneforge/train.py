@@ -19,7 +19,7 @@ from .adapters import add_adapter
 from .attention import NEED_MASK, Isolation, check_isolation, isolations, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
 from .card import how_to_ask, model_card, write_card
-from .checkpoint import Run, check_config, data_facts, mean_of_log, on_first_rank, plan_facts, resume_from, run_to_end
+from .checkpoint import Run, check_config, data_facts, mean_of_log, on_first_rank, plan_facts, resume_from, run_to_end, what_is_left
 from .config import Config, PackingOptions, TrainOptions, UserError, log
 from .dataset import Prepared, train_entries
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval, isolates, packs, strategy
@@ -173,7 +173,7 @@ def make_trainer(
     trainer = ForgeTrainer(model, args, data, course, cfg, PoseCollator(collator, cfg, cfg.seed) if cfg.use_pose else collator, eval_loader,
         head_loss(model, cfg) or causal_loss, loading_arguments(cfg), processing_class=tokenizer, keep_best=cfg.load_best_model_at_end or strategy(cfg, "save")=="best",
         facts=run_facts(cfg, data, course), keep=cfg.save_total_limit, save_first=cfg.save_first_step, guard=Guard(cfg.output_dir, cfg.max_skipped_steps), spikes=SpikeWatch(cfg, tokenizer, data), meter=meter,
-        callbacks=[*fit, LiveProgress(meter), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience), *callbacks])
+        callbacks=[*fit, LiveProgress(meter), LossWatchdog(cfg.loss_watchdog_threshold, cfg.loss_watchdog_patience, lambda: what_is_left(cfg.output_dir)), *callbacks])
     for f in fit: f.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     if cfg.profiler_steps: trainer.add_callback(Profiled(cfg.output_dir, cfg.profiler_steps, cfg.profiler_steps_start))

@@ -20,7 +20,8 @@ from .card import no_other_card
 from .checkpoint import ResumableTrainer, damage
 from .config import log
 from .dataset import Prepared
-from .guards import Guard
+from .folder import share_weights
+from .guards import Guard, fused
 from .loaders import PlanLoader, StreamLoader
 from .losses import within
 from .optim import make_optimizer, make_scheduler
@@ -53,6 +54,7 @@ class HookedTrainer(ResumableTrainer):
         with no_other_card(folder) if self.args.should_save else nullcontext(): super().save_model(output_dir, _internal_call)
         (folder/"training_args.bin").unlink(missing_ok=True) # a pickle; run.json says it all
         for h in self.hooks if self.args.should_save else []: h.save(folder, not _internal_call)
+        if self.args.should_save: share_weights(folder)
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for h in self.hooks: h.load(Path(resume_from_checkpoint))
@@ -146,6 +148,9 @@ class ForgeTrainer(BestTrainer):
     def get_train_dataloader(self):
         where = self.data_collator,self.args.process_index,self.start
         return StreamLoader(self.course, *where, **self.loading) if isinstance(self.course, Stream) else PlanLoader(self.train_dataset, self.course.plans, *where, **self.loading)
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        return None if fused(self.opts.optimizer) else norm # it has no gradient left to measure
     def create_optimizer(self, model=None):
         if self.optimizer is not None: return self.optimizer
         self.optimizer = make_optimizer(self.model if model is None else model, self.opts, self.args.max_steps)
