@@ -11,13 +11,13 @@ __all__ = ['HIDDEN', 'without_secrets', 'masked', 'without_homes', 'as_written',
 # %% ../nbs/30_record.ipynb #d5904cad
 import hashlib,json,os,platform,re,subprocess
 from pathlib import Path
-import numpy as np
 from urllib.parse import unquote
+import numpy as np
 import psutil
 import torch
+from pydantic import SecretStr
 from .config import Config, log
 from .options import RENAMED
-from pydantic import SecretStr
 from .remote import public_url
 
 # %% ../nbs/30_record.ipynb #92c791e4
