@@ -89,7 +89,7 @@ class GuardedTrainer(HookedTrainer):
         if refused:
             for p in model.parameters(): p.grad = None
             self._tr_loss.copy_(self.loss_before)
-        return norm
+        return None if fused(self.spikes.cfg.optimizer) else norm # those leave no gradient to measure
     def keep_capsule(self, why, figures):
         self.spikes.keep(self.model, self.compute_loss_func, self.course, self.state.global_step+1, why, figures, self.args.process_index, self.args.world_size,
             dict(versions=self.facts_now()["versions"]), all(h.frozen_stay for h in self.hooks))
@@ -148,9 +148,6 @@ class ForgeTrainer(BestTrainer):
     def get_train_dataloader(self):
         where = self.data_collator,self.args.process_index,self.start
         return StreamLoader(self.course, *where, **self.loading) if isinstance(self.course, Stream) else PlanLoader(self.train_dataset, self.course.plans, *where, **self.loading)
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        return None if fused(self.opts.optimizer) else norm # it has no gradient left to measure
     def create_optimizer(self, model=None):
         if self.optimizer is not None: return self.optimizer
         self.optimizer = make_optimizer(self.model if model is None else model, self.opts, self.args.max_steps)
