@@ -195,7 +195,10 @@ SHAPE = ("adapter:","lora_r:","lora_target","lora_modules_to_save","lora_rank_pa
 
 class Changed(UserError):
     "The run is another one than the checkpoint's"
-    def __init__(self, checkpoint, wrong):
+    def __init__(self,
+        checkpoint, # folder
+        wrong:list[str], # from `drift`
+    ):
         drifts = not any(o.startswith(SHAPE) for o in wrong)
         super().__init__(f"resume: {has_changed(checkpoint, wrong)}\n{'`--allow-drift` goes on all the same; '*drifts}`resume: never` begins anew")
 
