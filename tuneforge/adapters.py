@@ -6,8 +6,8 @@ Docs: https://tuneforge.github.io/tuneforge/adapters.html.md"""
 
 # %% auto #0
 __all__ = ['UNCALLED', 'BASE_FILE', 'CHANGES_BASE', 'uncalled', 'linear_layers', 'check_targets', 'lora_config', 'adapted_layers',
-           'read_weight', 'write_weight', 'save_base', 'load_base', 'loftq', 'add_adapter', 'adapter_folder', 'misfits',
-           'load_adapter', 'first_factors', 'make_plain', 'unshare']
+           'read_weight', 'write_weight', 'save_base', 'load_base', 'loftq', 'say_untied', 'add_adapter',
+           'adapter_folder', 'misfits', 'load_adapter', 'first_factors', 'make_plain', 'unshare']
 
 # %% ../nbs/22_adapters.ipynb #f7ba2c26
 import json,re,warnings
@@ -210,6 +210,17 @@ def _begin_with_loftq(model, settings):
         q,a,b = loftq(layer.weight.float(), m.r["default"], m.scaling["default"], settings.loftq_bits, settings.loftq_iter)
         layer.weight.copy_(q); m.lora_A["default"].weight.copy_(a); m.lora_B["default"].weight.copy_(b)
 
+# %% ../nbs/22_adapters.ipynb #23b5e3ff
+def say_untied(
+    model, # transformers model, without an adapter
+    opts:LoraOptions, # `lora_modules_to_save`, `peft_ensure_weight_tying`
+):
+    "Say that training a copy of a shared weight makes two of it"
+    ends = {n.rpartition(".")[2] for n,m in model.named_modules() if m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    copied = sorted(ends & set(opts.lora_modules_to_save or []))
+    if copied and not opts.peft_ensure_weight_tying and model.config.get_text_config().tie_word_embeddings:
+        log.warning(f"`lora_modules_to_save: [{', '.join(copied)}]`: in this model {' and '.join(sorted(ends))} are one weight, and a copy of it is trained: the result has two. `peft_ensure_weight_tying: true` keeps them one")
+
 # %% ../nbs/22_adapters.ipynb #6f1b0fe9
 def _refuse_adapted(model):
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -230,13 +241,6 @@ def _check_added(model, opts):
         raise UserError("the embedding and the output layer share one weight: an adapter on it cannot be merged. Train it in full, with `lora_modules_to_save: [embed_tokens, lm_head]`, "
             "or some of its tokens, with `peft_trainable_token_indices`")
 
-def _say_untied(model, opts):
-    "Say that training a copy of a shared weight makes two of it"
-    ends = {n.rpartition(".")[2] for n,m in model.named_modules() if m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    copied = sorted(ends & set(opts.lora_modules_to_save or []))
-    if copied and not opts.peft_ensure_weight_tying and model.config.get_text_config().tie_word_embeddings:
-        log.warning(f"`lora_modules_to_save: [{', '.join(copied)}]`: in this model {' and '.join(sorted(ends))} are one weight, and a copy of it is trained: the result has two. `peft_ensure_weight_tying: true` keeps them one")
-
 def add_adapter(
     model, # transformers model; the adapter is put into it
     opts:LoraOptions, # rank, scale, targets, or an adapter to go on from
@@ -249,7 +253,7 @@ def add_adapter(
     model.enable_input_require_grads() # gradient checkpointing needs a gradient to pass through the frozen embedding
     if opts.lora_model_dir: return _go_on(model, opts, new)
     check_targets(model, opts)
-    _say_untied(model, opts)
+    say_untied(model, opts)
     try:
         with _repeatable(opts.peft_init_lora_weights), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`") # it was said, with what to do
