@@ -1,6 +1,6 @@
 """What each way to save memory or time costs and saves: steps of one training, each way in a process of its own, as shares of the plain run.
 
-`python benchmarks/kernels.py` runs where it is: on a GPU in bf16 with peaks of the device's memory, else in float32 with peaks of the process. A way that this machine cannot go says why.
+`python benchmarks/kernels.py --out nbs/kernels.json` keeps the figures for the page of the docs. It runs where it is: on a GPU in bf16 with peaks of the device's memory, else in float32 with peaks of the process. A way that this machine cannot go says why.
 """
 import argparse, json, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -48,6 +48,7 @@ def main():
     from rich.table import Table
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help="write the figures to this JSON file, too")
     args = parser.parse_args()
     if args.one: return print(json.dumps(run(args.one)))
     found = {}
@@ -58,9 +59,9 @@ def main():
     plain = found["plain"]
     table = Table("way", "seconds of a step", "of plain", "peak memory of training, MiB", "of plain", title=f"{plain['device']}, rows of {LENGTH} tokens")
     for way, o in found.items():
-        if "refused" in o: table.add_row(way, o["refused"])
-        else: table.add_row(way, f"{o['seconds']:.3f}", f"{o['seconds']/plain['seconds']:.0%}", f"{o['mib']:,.0f}", f"{o['mib']/plain['mib']:.0%}")
-    Console(width=180).print(table)
+        if "seconds" in o: table.add_row(way, f"{o['seconds']:.3f}", f"{o['seconds']/plain['seconds']:.0%}", f"{o['mib']:,.0f}", f"{o['mib']/plain['mib']:.0%}")
+    Console(width=140).print(table, *(f"{way}: {o['refused']}" for way, o in found.items() if "refused" in o), sep="\n")
+    if args.out: Path(args.out).write_text(json.dumps(found, indent=1)+"\n", encoding="utf-8")
 
 
 if __name__=="__main__": main()
