@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/prompts.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'FORMATS', 'LAYOUTS', 'STYLES', 'PREAMBLES', 'INSTRUCT', 'ALIASES', 'LLAMA2_SYSTEM', 'Segment', 'kind', 'need',
-           'PromptFormat', 'register', 'split_places', 'places', 'fill', 'Layout', 'Instruct', 'instruct', 'completion',
+           'PromptFormat', 'register', 'split_places', 'fill', 'Layout', 'Instruct', 'instruct', 'completion',
            'own_tokens_format', 'input_output', 'speech', 'pygmalion', 'llama2_chat', 'without_input', 'custom',
            'own_function', 'from_function', 'with_defaults', 'find_format', 'prompt_format']
 
@@ -120,11 +120,7 @@ def split_places(
     found = re.findall(r"(\{\{|\}\})|(\{(\w+)\})|([^{}]+|.)", template, re.S)
     return tuple((brace[:1] or place or text, name or None) for brace,place,name,text in found)
 
-def places(
-    *templates:str, # as of `split_places`
-) -> list[str]: # names, in order
-    "The places of templates"
-    return [name for t in templates for _,name in split_places(t) if name]
+def _places(*templates): return [name for t in templates for _,name in split_places(t) if name] # their names, in order
 
 def fill(
     template:str, # as of `split_places`
@@ -194,7 +190,7 @@ def instruct(
     name:str, # of the format
 ) -> PromptFormat: # prompt and response, tokenised apart
     "The format of an `Instruct`"
-    columns = dict.fromkeys(places(spec.instruction, spec.output), str) if spec.columns is None else spec.columns
+    columns = dict.fromkeys(_places(spec.instruction, spec.output), str) if spec.columns is None else spec.columns
     def segments(row):
         prompt,response = _split_row(spec, row)
         return [Segment(prompt, False, "user"), Segment(response, True, "assistant", eos=spec.eos)]
@@ -382,14 +378,14 @@ def without_input(
 ) -> str: # with `{instruction}`
     "The prompt of rows that have no input: a `format` that doesn't ask for one is meant for them, too"
     if spec.no_input_format is not None: return spec.no_input_format
-    return "{instruction} " if "input" in places(spec.format) else spec.format
+    return "{instruction} " if "input" in _places(spec.format) else spec.format
 
 def custom(
     spec:CustomFormat, # from the config
 ) -> PromptFormat: # prompt and response, tokenised apart
     "An inline format"
     for key,known in dict(format=("instruction","input"), no_input_format=("instruction",), system_format=("system",)).items():
-        odd = [n for n in places(getattr(spec, key) or "") if n not in known]
+        odd = [n for n in _places(getattr(spec, key) or "") if n not in known]
         if odd: raise UserError(f"datasets: `type.{key}` has a place {{{odd[0]}}}; it may have {', '.join(f'{{{n}}}' for n in known)}")
     if spec.field: log.warning("`type.field` says nothing in an inline format: `completion` takes its column from `field` beside `type`")
     bare = without_input(spec)
