@@ -51,11 +51,10 @@ def why_not_this_model(
     if backend in FLASH:
         only = model._compatible_flash_implementations
         if only and backend not in only: return f"{name} was written for {' or '.join(only)}"
-        if backend!="flash_attention_2" and config.get("attention_dropout"): return f"it has no dropout, and the model's config asks for `attention_dropout: {config['attention_dropout']}`: set it to 0 under `overrides_of_model_config`"
     if backend=="xformers":
         if config.get("attn_logit_softcapping"): return f"{name} caps its scores (`attn_logit_softcapping`), which no operator of xFormers does"
         if any(n.endswith("sinks") for n,_ in model.named_parameters()): return f"{name} has attention sinks, which no operator of xFormers knows"
-    if backend=="flex_attention" and config.get("attention_dropout"): return f"it has no dropout, and the model's config asks for `attention_dropout: {config['attention_dropout']}`: set it to 0 under `overrides_of_model_config`"
+    if backend in ("flash_attention_3","flash_attention_4","flex_attention") and config.get("attention_dropout"): return f"it has no dropout, and the model's config asks for `attention_dropout: {config['attention_dropout']}`: set it to 0 under `overrides_of_model_config`"
 
 # %% ../nbs/21_attention.ipynb #50d3b70b
 def why_not(

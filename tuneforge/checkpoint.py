@@ -217,19 +217,18 @@ def check_config(
 def misfitting(
     checkpoint:Path, # folder
     model, # that would go on from it
-    optimizer:bool=False, # whether the optimizer is another one
 ) -> str|None: # what does not fit; None: all of it does
-    "Why a model cannot take the state of a checkpoint"
-    if optimizer: return "its moments are those of another optimizer"
+    "Why a model cannot take the weights of a checkpoint"
     adapted = (checkpoint/"adapter_model.safetensors").is_file()
     if adapted!=isinstance(model, PeftModel): return "one of them has an adapter, and the other has none"
     now = {k: list(v.shape) for k,v in (get_peft_model_state_dict(model, save_embedding_layers=False) if adapted else model.state_dict()).items()}
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, "pt") as f:
-            for k in f.keys():
-                if k in now and (then := f.get_slice(k).get_shape())!=now[k]: return f"{k} was {tuple(then)}, and is {tuple(now[k])}"
-                if adapted and "lora_" in k and k not in now: return f"{k} is no part of the adapter any more"
-            if file.name=="adapter_model.safetensors" and (new := sorted(k for k in now.keys()-set(f.keys()) if "lora_" in k)): return f"{new[0]} is new in the adapter"
+    then = {}
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, "pt") as f: then |= {k: f.get_slice(k).get_shape() for k in f.keys()}
+    other = lambda a,b: next((k for k in sorted(a.keys()-b.keys()) if "lora_" in k), None)
+    if gone := other(then, now): return f"{gone} is no part of the adapter any more"
+    if new := other(now, then): return f"{new} is new in the adapter"
+    return next((f"{k} was {tuple(s)}, and is {tuple(now[k])}" for k,s in then.items() if k in now and s!=now[k]), None)
 
 # %% ../nbs/32_checkpoint.ipynb #d8f4f227
 def data_facts(
@@ -397,8 +396,8 @@ class ResumableTrainer(_Restored):
         then = read_manifest(Path(checkpoint))
         self.start,self.before,wrong = then["step"],then["seconds"],drift(then, self.facts)
         if wrong and not allow_drift: raise Changed(checkpoint, wrong)
-        if wrong and (other := misfitting(Path(checkpoint), self.model, self.facts["config"]["optimizer"]!=then["config"]["optimizer"])):
-            raise UserError(f"resume: {has_changed(checkpoint, wrong)}\nand then it cannot go on from there: {other}. `resume: never` begins anew")
+        other = wrong and ("its moments are those of another optimizer" if then["config"]["optimizer"]!=self.facts["config"]["optimizer"] else misfitting(Path(checkpoint), self.model))
+        if other: raise UserError(f"resume: {has_changed(checkpoint, wrong)}\nand then it cannot go on from there: {other}. `resume: never` begins anew")
         self.drifted = bool(wrong)
         if newer := [f"{p} {v} → {versions().get(p)}" for p,v in then["versions"].items() if versions().get(p)!=v]: log.warning(f"other versions than in {checkpoint}: {', '.join(newer)}")
         if wrong: log.warning(has_changed(checkpoint, wrong))
