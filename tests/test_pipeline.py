@@ -332,3 +332,27 @@ def test_a_split_that_nobody_named_is_said(tmp_path, split, says):
     given = dict(split=split) if split else {}
     sources = prepare_data(DataOptions(datasets=[DatasetOptions(path=str(tmp_path/"set"))], test_datasets=[DatasetOptions(path=str(tmp_path/"set"), **given)], dataset_prepared_path=str(tmp_path/"prepared")), TOK).report.sources
     assert [s.hints for s in sources]==[[], ["`split` is not given, so the rows of `train` are evaluated on; there are test, train"]*says]
+
+
+def test_special_tokens_are_counted_in_rows_that_are_taken(tmp_path):
+    rows = [dict(instruction=f"Where is {i}?</s>", output="There.") for i in range(40)]
+    report = prep(tmp_path, [rows], entries=[dict(max_rows=7)]).report.sources[0]
+    assert report.rows_used==7 and report.hints[0].startswith("7 rows hold special tokens")
+
+
+@pytest.mark.parametrize("change", ["added", "removed"])
+def test_a_folder_that_changes_while_it_is_read_is_not_kept(tmp_path, change):
+    folder = tmp_path/"set"
+    folder.mkdir()
+    for name in "ab": write_jsonl(folder/f"{name}.jsonl", [dict(instruction=f"Where is {name}{i}?", output="There.") for i in range(3)])
+    @register("meddling")
+    def meddling(opts, tokenizer=None):
+        def text(row):
+            if change=="added": write_jsonl(folder/"c.jsonl", [dict(instruction="a", output="b")])
+            else: (folder/"b.jsonl").unlink(missing_ok=True)
+            return [(row["instruction"], False), (row["output"], True)]
+        return from_function(text, opts, tokenizer)
+    opts = DataOptions(datasets=[DatasetOptions(path=str(folder), type="meddling")], dataset_prepared_path=str(tmp_path/"prepared"))
+    try:
+        with pytest.raises(UserError, match="content [23]: changed while the rows were read"): prepare_data(opts, TOK)
+    finally: del FORMATS["meddling"]

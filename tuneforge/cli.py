@@ -229,16 +229,11 @@ def config_check(
 ):
     "Find everything that is wrong with a config"
     from tuneforge.config import load_config, log
+    from tuneforge.sources import absent_files
     cfg = load_config(configs, overrides) # says its notes itself
-    gone = list(_absent_files(cfg))
+    gone = absent_files(cfg)
     for place,path in gone: log.warning(f"{cfg.where(*place)}: there is no {path} on this machine")
     print(f"{', '.join(configs)}: {len(cfg.explicit())} keys, nothing wrong{' but that' if gone else ''}")
-
-def _absent_files(cfg):
-    "(place in the config, path) of data that are files, and not here"
-    from tuneforge.sources import absent
-    for name in ("datasets","test_datasets","pretraining_dataset"):
-        yield from (((name,i,"path"), e.path) for i,e in enumerate(getattr(cfg, name) or []) if absent(e.path))
 
 def config_show(
     configs:list, # files, merged from left to right

@@ -9,9 +9,9 @@ __all__ = ['CUT', 'VERIFIED_TEXT', 'drop_reason', 'needed_length', 'Pieces', 'fi
            'prepare_source', 'trained_tokens', 'read_batches', 'Part', 'describe_part', 'list_bad', 'expand_entries',
            'train_entries', 'walk', 'samples_by_row', 'compare_prompts', 'look_at', 'drop_duplicates', 'take_shard',
            'set_aside', 'weigh', 'mixture_shares', 'order_samples', 'shuffles_first', 'code_parts', 'engine_parts',
-           'tokenizer_parts', 'entry_parts', 'key_parts', 'data_key', 'Prepared', 'table_lengths', 'sample_lengths',
-           'texts_of', 'rows_matching', 'special_in_text', 'load_prepared', 'prepared_place', 'why_miss',
-           'prepare_data']
+           'tokenizer_parts', 'named_entries', 'content_parts', 'entry_parts', 'key_parts', 'data_key', 'Prepared',
+           'table_lengths', 'sample_lengths', 'texts_of', 'rows_matching', 'special_in_text', 'load_prepared',
+           'prepared_place', 'why_miss', 'prepare_data']
 
 # %% ../nbs/14_dataset.ipynb #29d00570
 import inspect,json,math,os,re,shutil
@@ -453,6 +453,20 @@ def _template(entry, f, tokenizer):
     reads = f is None or f.__module__=="tuneforge.chat" or "tokenizer" in inspect.signature(f).parameters and not f.__module__.startswith("tuneforge.")
     return digest(resolve_template(entry.chat_template, entry.chat_template_jinja, tokenizer.chat_template) or "") if reads else None
 
+def named_entries(
+    opts:DataOptions, # `datasets`, `test_datasets`
+) -> list[tuple]: # (such as `datasets[0]`, the entry, complete by itself)
+    "All entries of a config, under their names"
+    lists = dict(datasets=opts.datasets, test_datasets=opts.test_datasets or [])
+    return [(f"{name}[{i}]", with_defaults(e, opts)) for name,entries in lists.items() for i,e in enumerate(expand_entries(entries))]
+
+def content_parts(
+    entry:DatasetOptions, # where rows come from
+    name:str, # `datasets[0]`
+) -> dict: # name of a part -> hash
+    "What is in the files of an entry"
+    return {f"{name}: content {i+1}": digest(c) for i,c in enumerate(fingerprint(entry))}
+
 def entry_parts(
     entry:DatasetOptions, # complete by itself
     tokenizer, # whose template is the default
@@ -462,8 +476,7 @@ def entry_parts(
     f = (own_function(entry.type) or find_format(entry.type)) if isinstance(entry.type, str) else prompt_format
     where = {"path","chat_template","chat_template_jinja"} | ({"data_files"} if is_local(entry.path) else set())
     parts = {f"{name}.{k}": v for k,v in entry.model_dump(mode="json", exclude=where).items()}
-    parts |= {f"{name}: content {i+1}": digest(c) for i,c in enumerate(fingerprint(entry))}
-    return parts | {f"{name}: chat template": _template(entry, f, tokenizer), f"{name}: own code": _own_code(f, entry.type)}
+    return parts | content_parts(entry, name) | {f"{name}: chat template": _template(entry, f, tokenizer), f"{name}: own code": _own_code(f, entry.type)}
 
 # %% ../nbs/14_dataset.ipynb #cc137c71
 _PLAIN = ["sequence_len","min_sample_len","excess_length_strategy","on_untrained_row","on_bad_row","train_on_inputs","dataset_exact_deduplication","dataset_shard_num","tokenizer_engine"]
@@ -483,8 +496,7 @@ def key_parts(
     else: parts["val_set_size"] = opts.val_set_size
     if shuffles_first(opts): parts["shuffle_before_merging_datasets"] = True
     if mixed or drawn or shuffles_first(opts) or opts.val_set_size: parts["seed"] = opts.seed
-    for name,entries in dict(datasets=train, test_datasets=test).items():
-        for i,e in enumerate(entries): parts |= entry_parts(with_defaults(e, opts), tokenizer, f"{name}[{i}]")
+    for name,e in named_entries(opts): parts |= entry_parts(e, tokenizer, name)
     return parts
 
 def data_key(
@@ -606,8 +618,9 @@ def special_in_text(
     read += [[n] for n in found.get("_line", []) if _is_read(rows, "_line", [n], fmt, pattern)] # a line holds all columns: each is looked at by itself
     return np.unique(np.concatenate([np.zeros(0, int), *read]))
 
-def _special_hint(entry, rows, fmt, tokenizer):
+def _special_hint(entry, rows, taken, fmt, tokenizer):
     found = special_in_text(rows, fmt, tokenizer)
+    if taken is not None: found = np.intersect1d(found, taken)
     at = ", ".join(row_places(entry, (found[:3]+1).tolist()))
     return [f"{len(found):,} rows hold special tokens of the tokenizer in their own text, and there they act as such: {at}{' …' if len(found)>3 else ''}"]*(len(found)>0)
 
@@ -630,9 +643,10 @@ def _prepare(entry, number, opts, encoder, folder, role):
     entry,tokenizer = with_defaults(entry, opts),encoder.tokenizer
     fmt,rows = prompt_format(entry, tokenizer),read_rows(entry, opts.on_bad_row)
     encoder = _proven(encoder, rows, fmt, opts, entry.path)
-    hints = _unnamed_split(entry, role)+_unused_format(entry.type, rows)+_special_hint(entry, rows, fmt, tokenizer)
+    taken = take_rows(len(rows), entry.max_rows, opts.seed, number)
+    hints = _unnamed_split(entry, role)+_unused_format(entry.type, rows)+_special_hint(entry, rows, taken, fmt, tokenizer)
     report = SourceReport(entry.path, role, rows_in=len(rows), engine=encoder.engine.name, hints=hints)
-    part = Part.of(entry, prepare_source(entry, rows, fmt, opts, encoder, folder, take_rows(len(rows), entry.max_rows, opts.seed, number)), report)
+    part = Part.of(entry, prepare_source(entry, rows, fmt, opts, encoder, folder, taken), report)
     report.bad = list_bad(part, rows, folder.parent/"quarantine.jsonl" if opts.on_bad_row=="quarantine" else None)
     golden = _compare(entry, rows, fmt, opts, tokenizer, report)
     if report.disagree: log.warning(f"{entry.path}: in {len(report.disagree)} of {report.compared} rows that were compared, inference and training differ: {report.disagree[0]}")
@@ -727,7 +741,9 @@ def why_miss(
 def _write_settled(opts, tokenizer, part, parts):
     "Prepare into `part`, unless a source changes meanwhile: then the name would not be true"
     _write(opts, tokenizer, part)
-    if changed := [k for k,v in key_parts(opts, tokenizer).items() if ": content " in k and parts.get(k)!=v]:
+    then = {k: v for k,v in parts.items() if ": content " in k}
+    now = {k: v for name,e in named_entries(opts) for k,v in content_parts(e, name).items()}
+    if changed := sorted({k for k,_ in then.items() ^ now.items()}):
         raise UserError(f"{', '.join(changed)}: changed while the rows were read. Prepare the data again when nothing writes there any more")
 
 def prepare_data(

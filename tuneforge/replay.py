@@ -16,9 +16,8 @@ import torch
 from safetensors.torch import load_file
 from .checkpoint import checkpoints, damage, on_first_rank, run_to_end
 from .config import Config, UserError, load_config, log
-from .dataset import train_entries
 from .options import LoggingOptions
-from .sources import absent
+from .sources import absent_files
 from .spikes import SPIKES, WORST, Capsule, hardness, heat_text, measure
 from .train import set_up
 from transformers import TrainerCallback
@@ -133,7 +132,7 @@ def replay(
 ) -> Replay: # with `exact`
     "Compute the step of a capsule again"
     c = Capsule.load(capsule)
-    if gone := [e.path for e in train_entries(replay_config(c)) if absent(e.path)]:
-        raise UserError(f"{capsule}: the run read {gone[0]}, which is not there seen from {Path.cwd()}: replay from the folder in which it was trained")
+    if gone := absent_files(replay_config(c)):
+        raise UserError(f"{capsule}: the run read {gone[0][1]}, which is not there seen from {Path.cwd()}: replay from the folder in which it was trained")
     if weights and not c.facts["weights"]: raise UserError(f"{capsule} has no weights: {c.facts['why_no_weights']}")
     return Replay(c, from_weights(c) if weights or weights is None and c.facts["weights"] else from_checkpoint(c))
