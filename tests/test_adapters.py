@@ -544,3 +544,24 @@ def test_layers_that_are_not_called_get_no_adapter(arch):
     lora = add_adapter(model, LoraOptions(adapter="lora", lora_target_linear=True))
     assert set(linear_layers(lora.get_base_model())) and not any(o in n for n, p in lora.named_parameters() if p.requires_grad for o in uncalled(model))
     with pytest.raises(UserError, match="would be passed over"): add_adapter(load_model(ModelOptions(base_model=f"tiny:{arch}")), LoraOptions(adapter="lora", lora_target_modules=r".*\.(x_proj|dt_proj)"))
+
+
+@pytest.mark.parametrize("kw, said", [(dict(lora_modules_to_save=["embed_tokens"]), True), (dict(lora_modules_to_save=["lm_head"]), True), (dict(lora_modules_to_save=["embed_tokens"], peft_ensure_weight_tying=True), False),
+    (dict(lora_modules_to_save=["norm"]), False), ({}, False)])
+def test_weights_that_come_apart_are_said(kw, said, caplog, recwarn):
+    "Once, in our words; and it is true"
+    model = add_adapter(base(), LoraOptions(**LORA | kw))
+    assert ("are one weight, and a copy of it is trained" in caplog.text)==said
+    assert not [w for w in recwarn if "tie_word_embeddings" in str(w.message)]
+    weights = [m.weight if not hasattr(m, "modules_to_save") else m.modules_to_save["default"].weight for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    assert (weights[0] is not weights[1])==said
+
+
+def test_untied_weights_come_apart_without_a_word(caplog):
+    add_adapter(base("untied"), LoraOptions(**LORA, lora_modules_to_save=["embed_tokens", "lm_head"]))
+    assert "are one weight" not in caplog.text
+
+
+@pytest.mark.parametrize("name, says", [("lm_headx", "did you mean `lm_head`"), ("zzz", "embed_tokens \\(1\\).*lm_head \\(1\\)")])
+def test_what_may_be_saved_whole_is_named(name, says):
+    with pytest.raises(UserError, match=f"`lora_modules_to_save`: the model has no `{name}`.*{says}"): add_adapter(base(), LoraOptions(**LORA, lora_modules_to_save=[name]))

@@ -1,9 +1,12 @@
 "The audit counts what training sees; the preview shows what was asked for"
 import json
 import pytest
+from hypothesis import given, strategies as st
+from tests.tokenizers import tokenizer
 from tests.tools import write_jsonl
 from tuneforge.audit import SampleBrowser, audit, choose, filtered, preview
 from tuneforge.config import UserError, load_config
+from tuneforge.inspect import token_texts
 from tuneforge.tokens import IGNORE, encode_rows, load_tokenizer
 
 CHAT = [dict(messages=[dict(role=("user", "assistant")[i%2], content=f"{'word '*(n%7+1)}{n}") for i in range(2*(n%3+1))]) for n in range(30)]
@@ -115,3 +118,15 @@ def test_browser(ready):
     assert b.index.max==1
     b.filter.value = "tokens<0"
     assert "no sample fits" in b.view.value
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=20))
+def test_the_texts_of_tokens_are_the_text(text):
+    ids = tokenizer("byte", bos=False)(text).input_ids
+    texts = token_texts(tokenizer("byte", bos=False), ids)
+    assert len(texts)==len(ids) and "".join(texts)==text
+
+
+def test_half_a_character_is_shown_as_its_bytes():
+    ids = tokenizer("byte", bos=False)("山").input_ids
+    assert token_texts(tokenizer("byte", bos=False), ids)==["山", "", ""] and token_texts(tokenizer("byte", bos=False), ids[:2])==["⟨e5⟩", "⟨b1⟩"]

@@ -211,3 +211,13 @@ def test_every_example_is_a_sound_config():
     found = sorted((ROOT/"examples").rglob("*.yml"))
     assert found
     for f in found: assert load_config(f).base_model
+
+
+def test_check_says_which_files_are_not_here(d, monkeypatch, capsys):
+    (d/"c.yml").write_text("base_model: tiny:llama\nlearning_rate: 1\ndatasets:\n  - path: here.jsonl\n  - path: data/gone.jsonl\n  - path: someone/on-the-hub\n")
+    (d/"here.jsonl").write_text("{}\n")
+    monkeypatch.chdir(d)
+    assert not main(["config", "check", "c.yml"])
+    said = capsys.readouterr()
+    assert said.out.endswith("3 keys, nothing wrong but that\n")
+    assert said.err.count("on this machine")==1 and "c.yml:5: there is no data/gone.jsonl on this machine" in said.err

@@ -17,6 +17,7 @@ VARIANTS = {"lora": ALL, "rslora": dict(peft_use_rslora=True, **ALL), "dora": di
     "one layer of two": dict(peft_layers_to_transform=[1], **QV), "trained in full": dict(lora_modules_to_save=["embed_tokens", "lm_head"], **QV),
     "only the head in full": dict(lora_modules_to_save=["lm_head"], **QV), "a norm in full": dict(lora_modules_to_save=["norm"], **QV),
     "layers repeated": dict(peft_layer_replication=[[0, 2], [1, 2]], **QV), "pissa, unfinished": dict(peft_init_lora_weights="pissa", **QV), "olora, unfinished": dict(peft_init_lora_weights="olora", **QV),
+    "trained in full, and tied": dict(lora_modules_to_save=["embed_tokens"], peft_ensure_weight_tying=True, **QV),
     "some tokens": dict(peft_trainable_token_indices=[3, 5, 8], **QV), "some tokens, untied": dict(peft_trainable_token_indices=[3, 5, 8], **QV, **UNTIED)}
 
 

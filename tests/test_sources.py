@@ -480,6 +480,12 @@ def test_wide_text_is_recognised(name, code, tmp_path):
         assert "\n" not in str(e.value)
 
 
+def test_text_of_another_encoding_names_the_way_out(tmp_path):
+    (tmp_path/"w.jsonl").write_bytes('{"a": "Käthe"}\n'.encode("cp1252")*3)
+    with pytest.raises(UserError) as e: load_rows(entry(tmp_path/"w.jsonl"))
+    assert str(e.value).count("this is not UTF-8 text")==3 and str(e.value).count("iconv -f WINDOWS-1252 -t UTF-8")==1
+
+
 def test_broken_lines_name_the_way_out(tmp_path):
     (tmp_path/"x.jsonl").write_bytes(b'{"a": 1}\n'+b'{"a": \n'*12)
     with pytest.raises(UserError) as e: load_rows(entry(tmp_path/"x.jsonl"))

@@ -89,7 +89,7 @@ def lora_config(
     linear = "all-linear" if alone else sorted({*linear_layers(model), *_listed(opts.lora_target_modules)})
     init = True if opts.peft_init_lora_weights in (None,"loftq") else opts.peft_init_lora_weights # LoftQ comes after, see below
     return LoraConfig(exclude_modules=[*uncalled(model), *sorted(packed)] or None, r=opts.lora_r, lora_alpha=opts.lora_alpha, lora_dropout=opts.lora_dropout, target_modules=linear if opts.lora_target_linear else opts.lora_target_modules or [],
-        target_parameters=opts.lora_target_parameters, modules_to_save=opts.lora_modules_to_save, layers_to_transform=opts.peft_layers_to_transform, layers_pattern=opts.peft_layers_pattern,
+        target_parameters=opts.lora_target_parameters, modules_to_save=_listed(opts.lora_modules_to_save) or None, layers_to_transform=opts.peft_layers_to_transform, layers_pattern=opts.peft_layers_pattern,
         layer_replication=opts.peft_layer_replication, rank_pattern=dict(opts.lora_rank_pattern or {}), alpha_pattern=dict(opts.lora_alpha_pattern or {}),
         fan_in_fan_out=opts.lora_fan_in_fan_out, use_dora=opts.peft_use_dora, use_rslora=opts.peft_use_rslora, init_lora_weights=init,
         trainable_token_indices=trainable_rows(model, new, opts), ensure_weight_tying=bool(opts.peft_ensure_weight_tying), task_type="CAUSAL_LM")
