@@ -125,6 +125,17 @@ def test_a_capsule_by_plain_transformers(data, tmp_path, packed, kind):
     assert came.returncode==2 and "not reproduced" in came.stderr
 
 
+def test_a_replay_in_another_folder_names_what_it_misses(tmp_path, monkeypatch):
+    rows = [dict(instruction=f"Where is {i}?", output="There.") for i in range(8)]
+    write_jsonl(tmp_path/"rows.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    c, _ = kept(config([Path("rows.jsonl")], "out"), 2)
+    assert replay(c.folder).exact
+    (tmp_path/"elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path/"elsewhere")
+    with pytest.raises(UserError, match="the run read rows.jsonl, which is not there seen from .*elsewhere: replay from the folder in which it was trained"): replay(tmp_path/c.folder)
+
+
 def test_capsules_change_nothing(data, tmp_path):
     "With dropout: a run that keeps capsules, and one that keeps none"
     a, b = (train(config(data, tmp_path/n, spike_capsules=k, spike_threshold=0.5)) for n, k in (("a", 5), ("b", 0)))
