@@ -157,7 +157,7 @@ def test_quantised_base(data, tmp_path, bits):
 
 
 RANKS = """
-import gc, json, sys
+import gc, json, os, sys
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from transformers import TrainerCallback
@@ -165,9 +165,9 @@ from tuneforge.all import *
 class Look(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         for o in gc.get_objects():
-            if isinstance(o, DDP): print("DDP", o.bucket_bytes_cap, o.broadcast_buffers, o.find_unused_parameters, args.ddp_timeout, flush=True)
+            if isinstance(o, DDP): os.write(1, f"DDP {o.bucket_bytes_cap} {o.broadcast_buffers} {o.find_unused_parameters} {args.ddp_timeout}\\n".encode()) # in one go: two processes write
 r = train(load_config(sys.argv[1], ["--gradient-accumulation-steps", sys.argv[2], "--output-dir", sys.argv[3]]), [Look()])
-if r.history and __import__("os").environ.get("RANK", "0")=="0": print("LOSSES", json.dumps([(h["loss"], h["grad_norm"]) for h in r.history if "loss" in h]))
+if r.history and os.environ.get("RANK", "0")=="0": print("LOSSES", json.dumps([(h["loss"], h["grad_norm"]) for h in r.history if "loss" in h]))
 """
 
 
