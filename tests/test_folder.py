@@ -8,7 +8,7 @@ from tuneforge.train import save_run, set_up
 from tests.tools import ROOT, write_jsonl
 
 HOLD = "import sys, time\nfrom tuneforge.folder import held\nwith held(sys.argv[1]):\n    {}\n    print('held', flush=True)\n    time.sleep(600)"
-FORK = "import os\n    if os.fork()==0: time.sleep(600)" # a child that outlives its parent
+FORK = "import os\n    r,w = os.pipe()\n    if os.fork()==0: os.write(w, b'.'); time.sleep(600)\n    os.read(r, 1)" # a child that outlives its parent, and has begun
 
 
 def holder(out, also="pass", **env):
