@@ -7,13 +7,13 @@ Docs: https://tuneforge.github.io/tuneforge/cli.html.md"""
 # %% auto #0
 __all__ = ['COMMANDS', 'preprocess', 'preview', 'train', 'merge_lora', 'evaluate', 'inference', 'push', 'replay', 'fetch',
            'quickstart', 'config_check', 'config_show', 'config_explain', 'config_schema', 'config_new', 'help_text',
-           'unknown_command', 'run_command', 'Said', 'first_rank', 'say', 'main']
+           'unknown_command', 'run_command', 'Said', 'say', 'main']
 
 # %% ../nbs/60_cli.ipynb #256afd47
 import builtins,inspect,json,logging,os,shutil,sys
 from pathlib import Path
 from . import __version__
-from .document import ConfigError, UserError, nearest
+from .document import ConfigError, UserError, nearest, this_rank
 
 # %% ../nbs/60_cli.ipynb #247d9a21
 def preprocess(
@@ -71,7 +71,7 @@ def train(
     "Fine-tune: from a config to a folder with a model or an adapter"
     from tuneforge.all import train as run
     done = run(cfg, allow_drift=allow_drift)
-    if first_rank(): print(done)
+    if this_rank()==0: print(done)
 
 # %% ../nbs/60_cli.ipynb #7767546a
 def merge_lora(
@@ -343,14 +343,12 @@ class Said(logging.Handler):
     "Writes to what stderr is at that moment: a live display puts its own there"
     def emit(self, record): print(self.format(record), file=sys.stderr)
 
-def first_rank(): return os.environ.get("RANK", "0")=="0"
-
 def say(
     log:logging.Logger, # tuneforge's
 ):
     "Show what is told in passing; on the other ranks only what is wrong"
     log.handlers = [Said()]
-    log.setLevel(logging.INFO if first_rank() else logging.WARNING)
+    log.setLevel(logging.INFO if this_rank()==0 else logging.WARNING)
 
 def main(
     argv:list[str]|None=None, # arguments; default: the process's

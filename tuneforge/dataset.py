@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 from .config import DataOptions, DatasetOptions, SourceOptions, UserError, log
+from .document import this_rank
 from .derive import eval_length, prepared_folder
 from .mixing import MIX, SHUFFLE, again, copies, draw, draw_valid, fingerprints, take_rows, targets
 from .engines import Encoder, choose_encoder, verified
@@ -753,7 +754,7 @@ def prepare_data(
     "Tokenised data for a config, from the folder of prepared data if they are there. Raises `UserError` for what cannot be read."
     folder,parts = prepared_place(opts, tokenizer)
     made,why = made_once(folder, parts, lambda part: _fetched(opts, part, folder.name) or _write_settled(opts, tokenizer, part, parts))
-    if opts.push_dataset_to_hub and os.environ.get("RANK", "0")=="0": _shared(opts, folder)
+    if opts.push_dataset_to_hub and this_rank()==0: _shared(opts, folder)
     data = load_prepared(folder, why)
     for s in data.report.sources if not made else []: check_losses(s, opts) # the thresholds may be others by now
     if (folder/"quarantine.jsonl").is_file(): log.warning(f"rows that are no good were written to {folder/'quarantine.jsonl'}")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
 from .config import UserError, log
+from .document import this_rank
 
 # %% ../nbs/30_folder.ipynb #6abb49a8
 LOCK,HOLDER = ".tuneforge-lock",".tuneforge-run.json" # in `output_dir`, while a run lasts
@@ -45,7 +46,7 @@ def held(
     output_dir:str|Path, # of the run
 ):
     "Within it, no other run can begin in a folder. Raises `UserError` when one is there already."
-    if os.environ.get("RANK", "0")!="0": yield; return
+    if this_rank()!=0: yield; return
     folder = Path(output_dir)
     lock = _taken(folder)
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from .adapters import BASE_FILE
 from .card import CARD, OTHER, is_ours, model_card, sealed
 from .config import UserError, log
+from .document import this_rank
 from .hub import Unreachable, open_repo, push_files
 from .options import TrainOptions
 from .record import without_homes, without_secrets
@@ -135,7 +136,7 @@ def check_hub(
     opts:TrainOptions, # `hub_model_id`, `hub_revision`
 ):
     "Have a repository for the result. Raises `UserError` when there is no token, or the hub refuses; a hub that cannot be reached is a warning."
-    if not opts.hub_model_id or os.environ.get("RANK", "0")!="0": return
+    if not opts.hub_model_id or this_rank()!=0: return
     try: open_repo(opts.hub_model_id, branch=opts.hub_revision)
     except Unreachable as e: log.warning(f"`hub_model_id`: {str(e).rstrip('.')}; it is tried again later. {later(opts)}")
     except UserError as e: raise UserError(f"`hub_model_id`: {str(e).rstrip('.')}; or remove the key, and push the result another time with `tuneforge push`") from e

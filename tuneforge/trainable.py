@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 import torch
 from .config import UserError
+from .document import this_rank
 from transformers import TrainerCallback
 
 # %% ../nbs/23_trainable.ipynb #407be468
@@ -108,9 +109,9 @@ def show_trainable(
     table:Trainable, # what is trained
 ):
     "Show the table where the run is watched, once"
-    import os,sys
+    import sys
     from fastcore.imports import in_ipython
-    if os.environ.get("RANK", "0")!="0": return
+    if this_rank()!=0: return
     if not in_ipython(): print(table, file=sys.stderr); return
     from IPython.display import display
     display(table)
