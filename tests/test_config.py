@@ -1,12 +1,12 @@
 "Mistakes in configs are found, placed and explained; sound configs are read as written"
-import copy, json, pickle
+import copy, json, pickle, re
 import pytest, yaml
 from hypothesis import given, settings, strategies as st
 from pydantic import TypeAdapter
 from tuneforge.config import *
 from tuneforge.document import ConfigError, Document, UserError
 from tuneforge.options import *
-from tuneforge.options import HARMLESS, MOVED, NOT_YET, REFUSED, RENAMED
+from tuneforge.options import HARMLESS, MEANT, MOVED, NOT_YET, REFUSED, RENAMED
 from tuneforge.rules import OFF
 from tests.tools import ROOT
 
@@ -178,6 +178,20 @@ def test_what_is_not_built_is_refused_and_what_is_off_is_not(tmp_path):
         with pytest.raises(ConfigError, match=f"`{name}{f': {value}' if value else ''}` is Axolotl's, and tuneforge does not serve it: "): load_config(yaml.safe_load(GOOD) | {name: value or (dict(layers=2) if name=="peft_adapter" else "AutoProcessor" if name=="processor_type" else True)})
     with pytest.raises(ConfigError, match=r"`pretraining_dataset\[0\].trust_remote_code` is Axolotl's, and tuneforge does not serve it: `datasets` itself runs no such code"):
         load_config(dict(base_model="x", learning_rate=1, max_steps=3, pretraining_dataset=[dict(path="x", trust_remote_code=True)]))
+
+
+def test_words_of_other_tools_are_answered_with_ours():
+    for word, here in MEANT.items():
+        key, value = word.split("=")
+        with pytest.raises(ConfigError, match=re.escape(f"`{key}` is {value!r}: here, that is {here}")): load_config(yaml.safe_load(GOOD) | {key: value})
+        cfg = yaml.safe_load(GOOD) | (dict(lora_target_linear=True) if "lora" in here else {})
+        for o in map(yaml.safe_load, re.findall("`(.*?)`", here)): cfg |= o if isinstance(o, dict) else {} if o==key else {o: 100} if o in KEYS else {key: o}
+        assert load_config(cfg), here # what is said instead works
+
+
+def test_refused_values_are_not_offered():
+    with pytest.raises(ConfigError) as e: load_config(yaml.safe_load(GOOD) | dict(adapter="foo"))
+    assert str(e.value).endswith("should be one of `lora`, `qlora`")
 
 
 def test_what_is_not_done_here_may_be_switched_off():

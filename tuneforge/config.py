@@ -20,7 +20,7 @@ from pydantic import PrivateAttr, SecretStr, ValidationError
 from .derive import derived
 from .document import ConfigError, Document, Mark, Problem, UserError, did_you_mean, nearest, one_slip
 from .options import *
-from .options import ELSEWHERE, HARMLESS, MOVED, NOT_YET, REFUSED, RENAMED, SYNONYMS, unserved
+from .options import ELSEWHERE, HARMLESS, MEANT, MOVED, NOT_YET, REFUSED, RENAMED, SYNONYMS, unserved
 from .remote import MAX_BYTES, fetch_text, is_url
 from .rules import NOTES, OFF, check_rules
 
@@ -245,14 +245,20 @@ def _shown(v): return s if len(s := repr(v))<60 else s[:57]+"…"
 
 def _expected(f, v, key):
     "What should have been given; for one of many values, the nearest"
-    options = [o for o in _literals(f.annotation) if isinstance(o, str)]
+    options = [o for o in _literals(f.annotation) if isinstance(o, str) and not unserved(f"{key}={o}")]
+    if (word := f"{key}={v}".lower()) in MEANT: return f": here, that is {MEANT[word]}"
     near = did_you_mean(v, options) if isinstance(v, str) and options and v not in options else ""
-    said = type_in_words(f.annotation, f.metadata)
+    said = type_in_words(_served(f.annotation, key), f.metadata)
     if len(options)>12: said = f"one of {len(options)} names, which `tuneforge config explain {key}` lists"
     if isinstance(v, dict) and any(get_origin(a) is list for a in (f.annotation, *get_args(f.annotation))): said += "; a list entry begins with `- `"
     return near or f", but should be {said}"
 
 def _literals(t): return get_args(t) if get_origin(t) is Literal else [o for a in get_args(t) for o in _literals(a)]
+
+def _served(t, key):
+    "A type without the values that are refused anyway"
+    if get_origin(t) is Literal: return Literal[tuple(o for o in get_args(t) if not unserved(f"{key}={o}"))]
+    return Union[tuple(_served(a, key) for a in get_args(t))] if get_origin(t) in (Union, UnionType) else t
 
 # %% ../nbs/05_config.ipynb #5a4a34e5
 def _say(e, values):

@@ -6,15 +6,15 @@ Docs: https://tuneforge.github.io/tuneforge/options.html.md"""
 
 # %% auto #0
 __all__ = ['REFUSED', 'NOT_YET', 'Size', 'Backend', 'AnyDataset', 'Optimizer', 'Schedule', 'TOPICS', 'RENAMED', 'MOVED',
-           'HARMLESS', 'ELSEWHERE', 'SYNONYMS', 'FrozenList', 'FrozenDict', 'Options', 'type_in_words', 'unserved',
-           'OptionTable', 'parse_size', 'SpecialTokens', 'BaseOptions', 'TokenizerOptions', 'ArchitectureOptions',
-           'PrecisionOptions', 'PlacementOptions', 'AttentionOptions', 'KernelOptions', 'OldKernelOptions',
-           'ModelOptions', 'SourceOptions', 'CustomFormat', 'FormatOptions', 'ChatOptions', 'DatasetOptions',
-           'PreferenceDataset', 'KtoDataset', 'PretrainingDataset', 'PreparedOptions', 'DataOptions', 'PackingOptions',
-           'OldPackingOptions', 'LoftqOptions', 'PeftOptions', 'LoraOptions', 'PartialOptions', 'OptimOptions',
-           'CurveArgs', 'ScheduleArgs', 'LearningRateGroup', 'ScheduleOptions', 'EvalOptions', 'TrainOptions',
-           'LoggingOptions', 'DistributedOptions', 'PreferenceOptions', 'SamplingOptions', 'GradioOptions',
-           'FileOptions', 'AllOptions', 'topic']
+           'HARMLESS', 'ELSEWHERE', 'SYNONYMS', 'MEANT', 'FrozenList', 'FrozenDict', 'Options', 'type_in_words',
+           'unserved', 'OptionTable', 'parse_size', 'SpecialTokens', 'BaseOptions', 'TokenizerOptions',
+           'ArchitectureOptions', 'PrecisionOptions', 'PlacementOptions', 'AttentionOptions', 'KernelOptions',
+           'OldKernelOptions', 'ModelOptions', 'SourceOptions', 'CustomFormat', 'FormatOptions', 'ChatOptions',
+           'DatasetOptions', 'PreferenceDataset', 'KtoDataset', 'PretrainingDataset', 'PreparedOptions', 'DataOptions',
+           'PackingOptions', 'OldPackingOptions', 'LoftqOptions', 'PeftOptions', 'LoraOptions', 'PartialOptions',
+           'OptimOptions', 'CurveArgs', 'ScheduleArgs', 'LearningRateGroup', 'ScheduleOptions', 'EvalOptions',
+           'TrainOptions', 'LoggingOptions', 'DistributedOptions', 'PreferenceOptions', 'SamplingOptions',
+           'GradioOptions', 'FileOptions', 'AllOptions', 'topic']
 
 # %% ../nbs/01_options.ipynb #d6f51680
 import re
@@ -77,21 +77,21 @@ def _block(t, args):
     return "a block of keys" if isinstance(t, type) and issubclass(t, BaseModel) else _WORDS.get(t, str(t))
 
 # %% ../nbs/01_options.ipynb #4dffc6fc
-def _table(**topics): return {k: advice for keys,advice in topics.values() for k in keys.split()}
+def _table(advice): return {k: say for keys,say in advice.items() for k in keys.split()}
 
-REFUSED = _table(
-    model=("processor_type", "remove it: only text is trained here"), quant=("qlora_sharded_model_loading", "remove it: each device loads the quantised model"),
-    disk=("gradient_checkpointing=offload_disk", "a disk is slower than computing again: use `gradient_checkpointing: offload`, which keeps activations in the memory of the CPU"),
-    sources=("datasets.trust_remote_code pretraining_dataset.trust_remote_code", "`datasets` itself runs no such code any more: save the rows that it makes as a file first"),
-    data=("skip_prepare_dataset", "it is for images, and tuneforge trains on text: remove it"),
-    adapters=("adapter=llama-adapter peft_adapter", "it worked for one architecture, and Axolotl has lost it: use `adapter: lora`"))
+REFUSED = _table({
+    "processor_type": "remove it: only text is trained here",
+    "qlora_sharded_model_loading": "remove it: each device loads the quantised model",
+    "gradient_checkpointing=offload_disk": "a disk is slower than computing again: use `gradient_checkpointing: offload`, which keeps activations in the memory of the CPU",
+    "datasets.trust_remote_code pretraining_dataset.trust_remote_code": "`datasets` itself runs no such code any more: save the rows that it makes as a file first",
+    "skip_prepare_dataset": "it is for images, and tuneforge trains on text: remove it",
+    "adapter=llama-adapter peft_adapter": "it worked for one architecture, and Axolotl has lost it: use `adapter: lora`"})
 
 # %% ../nbs/01_options.ipynb #1c3773a1
-NOT_YET = _table(
-    devices=("deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type dp_shard_size dp_replicate_size "
-        "context_parallel_size tensor_parallel_size", "remove it: `torchrun` gives each device a copy of the model"),
-    preferences=("rl max_prompt_len reward_model rl_beta rl_adapter_ref_model dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs orpo_alpha rpo_alpha simpo_gamma cpo_alpha "
-        "kto_desirable_weight kto_undesirable_weight", "train on the chosen answers, without `rl`"))
+NOT_YET = _table({
+    "deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type dp_shard_size dp_replicate_size context_parallel_size tensor_parallel_size": "remove it: `torchrun` gives each device a copy of the model",
+    "rl max_prompt_len reward_model rl_beta rl_adapter_ref_model dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs orpo_alpha rpo_alpha "
+        "simpo_gamma cpo_alpha kto_desirable_weight kto_undesirable_weight": "train on the chosen answers, without `rl`"})
 
 def unserved(
     key:str, # a key, with dots, or `key=value`
@@ -820,27 +820,82 @@ MOVED = {"rope_scaling": "it belongs to the model's own config.json, or under `o
 "Keys that are no more, and what took their place"
 
 # %% ../nbs/01_options.ipynb #8c4a08e6
-HARMLESS = {"sample_packing_eff_est": "the share is counted, not estimated",
-    "sample_packing_mp_start_method": "packing needs no processes", "total_num_tokens": "tokens are counted", "total_supervised_tokens": "tokens are counted", "multipack_real_batches": "rows of a packed batch are always kept apart",
-    "dataset_keep_in_memory": "prepared data are mapped from the file", "remove_unused_columns": "prepared data have none", "hf_use_auth_token": "a token from `hf auth login` or `HF_TOKEN` is used by itself", "dataloader_drop_last": "no row is ever left out", "local_rank": "the launcher sets it", "world_size": "the launcher sets it", "is_preprocess": "the command says it", "merge_lora": "the command says it", "axolotl_config_path": "the command says it", "datasets.input_format": "formats say it themselves", "spectrum_model_name": "ratios are computed from the weights themselves", "datasets.preprocess_shards": "rows are always prepared in batches, in flat memory", "datasets.type.field": "`completion` names its column beside `type`",
-    "ddp": "it follows from the number of processes", "eval_max_new_tokens": "it goes with `eval_table_size`", "low_cpu_mem_usage": "weights are always read without a second copy", "base_model_ignore_patterns": "only configs, tokenizer and safetensors are fetched",
-    "tokenizer_legacy": "fast tokenizers handle spaces as their own file says", "tokenizer_use_fast": "only fast tokenizers are used",
-    **{f"is_{o}_derived_model": "the architecture is read from the model's config" for o in ("falcon","llama","mistral","qwen")}}
+HARMLESS = _table({
+    "sample_packing_eff_est": "the share is counted, not estimated",
+    "sample_packing_mp_start_method": "packing needs no processes",
+    "total_num_tokens total_supervised_tokens": "tokens are counted",
+    "multipack_real_batches": "rows of a packed batch are always kept apart",
+    "dataset_keep_in_memory": "prepared data are mapped from the file",
+    "remove_unused_columns": "prepared data have none",
+    "hf_use_auth_token": "a token from `hf auth login` or `HF_TOKEN` is used by itself",
+    "dataloader_drop_last": "no row is ever left out",
+    "local_rank world_size": "the launcher sets it",
+    "is_preprocess merge_lora axolotl_config_path": "the command says it",
+    "datasets.input_format": "formats say it themselves",
+    "spectrum_model_name": "ratios are computed from the weights themselves",
+    "datasets.preprocess_shards": "rows are always prepared in batches, in flat memory",
+    "datasets.type.field": "`completion` names its column beside `type`",
+    "ddp": "it follows from the number of processes",
+    "eval_max_new_tokens": "it goes with `eval_table_size`",
+    "low_cpu_mem_usage": "weights are always read without a second copy",
+    "base_model_ignore_patterns": "only configs, tokenizer and safetensors are fetched",
+    "tokenizer_legacy": "fast tokenizers handle spaces as their own file says",
+    "tokenizer_use_fast": "only fast tokenizers are used",
+    "is_falcon_derived_model is_llama_derived_model is_mistral_derived_model is_qwen_derived_model": "the architecture is read from the model's config"})
 "Keys that are accepted and say nothing, with the reason; a note repeats it"
 
-ELSEWHERE = dict(trl="GRPO and its relatives are not trained here", vllm="tuneforge does not serve models", ray="tuneforge starts its processes with accelerate or torchrun", use_ray="tuneforge starts its processes with accelerate or torchrun",
-    qat="quantisation-aware training is not trained here", quantization="weights are quantised by the tools that serve them", ebft="it is not trained here", use_otel_metrics="metrics go to files and trackers", use_trackio="use TensorBoard, W&B, MLflow or Comet",
-    trainer_cls="tuneforge has one trainer, which callbacks extend", process_reward_model="process reward models are not trained here", lm_eval_tasks="evaluate the merged model with lm-evaluation-harness")
-ELSEWHERE |= dict.fromkeys("lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel tiled_mlp tiled_mlp_num_shards fp8 fp8_enable_fsdp_float8_all_gather scaling_softmax sdpa_varlen use_kernels sage_attention fused_attn_kernel".split(),
-    "remove it: the result is the same, with more memory or time")
-ELSEWHERE |= dict(s2_attention="shifted sparse attention (LongLoRA) trains with another attention than the model answers with, and lets packed samples see each other; a long row fits with `flash_attention`, `gradient_checkpointing` and `chunked_cross_entropy`",
-    flash_optimum="it asked for BetterTransformer, which transformers 5 has no more; `sdp_attention` runs the same kernels", flex_attn_compile_kwargs="transformers compiles FlexAttention itself and takes no arguments for it",
-    flash_attn_fuse_qkv="it rewrote the attention of Llama to one product for query, key and value; the model is left as it is, and the result is the same")
-ELSEWHERE |= dict.fromkeys("unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o".split(), "Unsloth's kernels rewrite the layers of a few architectures while they run; the adapter is PEFT's here, and the result is the same")
-ELSEWHERE |= dict.fromkeys("include_tokens_per_second include_tkps".split(), "tokens per second are always shown") | dict.fromkeys("experimental_skip_move_to_device low_cpu_mem llmcompressor".split(), "remove it")
+# %% ../nbs/01_options.ipynb #1aa334cf
+ELSEWHERE = _table({
+    "trl": "GRPO and its relatives are not trained here",
+    "vllm": "tuneforge does not serve models",
+    "ray use_ray": "tuneforge starts its processes with accelerate or torchrun",
+    "qat": "quantisation-aware training is not trained here",
+    "quantization": "weights are quantised by the tools that serve them",
+    "ebft": "it is not trained here",
+    "use_otel_metrics": "metrics go to files and trackers",
+    "use_trackio": "use TensorBoard, W&B, MLflow or Comet",
+    "trainer_cls": "tuneforge has one trainer, which callbacks extend",
+    "process_reward_model": "process reward models are not trained here",
+    "lm_eval_tasks": "evaluate the merged model with lm-evaluation-harness",
+    "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel tiled_mlp tiled_mlp_num_shards fp8 fp8_enable_fsdp_float8_all_gather "
+        "scaling_softmax sdpa_varlen use_kernels sage_attention fused_attn_kernel": "remove it: the result is the same, with more memory or time",
+    "s2_attention": "shifted sparse attention (LongLoRA) trains with another attention than the model answers with, and lets packed samples see each other; a long row fits with `flash_attention`, `gradient_checkpointing` and `chunked_cross_entropy`",
+    "flash_optimum": "it asked for BetterTransformer, which transformers 5 has no more; `sdp_attention` runs the same kernels",
+    "flex_attn_compile_kwargs": "transformers compiles FlexAttention itself and takes no arguments for it",
+    "flash_attn_fuse_qkv": "it rewrote the attention of Llama to one product for query, key and value; the model is left as it is, and the result is the same",
+    "unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o": "Unsloth's kernels rewrite the layers of a few architectures while they run; the adapter is PEFT's here, and the result is the same",
+    "include_tokens_per_second include_tkps": "tokens per second are always shown",
+    "experimental_skip_move_to_device low_cpu_mem llmcompressor": "remove it"})
 "Keys of Axolotl's that stand for things that tuneforge does not do"
 
-SYNONYMS = dict(lr="learning_rate", model="base_model", model_name_or_path="base_model", max_seq_length="sequence_len", max_seq_len="sequence_len", max_length="sequence_len", per_device_train_batch_size="micro_batch_size",
-    per_device_eval_batch_size="eval_batch_size", num_train_epochs="num_epochs", epochs="num_epochs", num_proc="dataset_processes", report_to="wandb_project", wandb="wandb_project", lora="adapter", warmup="warmup_steps",
-    lora_rank="lora_r", target_modules="lora_target_modules", optim="optimizer", lr_scheduler_type="lr_scheduler", dataset="datasets", train_file="datasets", validation_split="val_set_size", load_in_4_bit="load_in_4bit")
+# %% ../nbs/01_options.ipynb #7186915a
+SYNONYMS = {other: key for key,others in dict(
+    learning_rate="lr",
+    base_model="model model_name_or_path",
+    sequence_len="max_seq_length max_seq_len max_length",
+    micro_batch_size="per_device_train_batch_size",
+    eval_batch_size="per_device_eval_batch_size",
+    num_epochs="num_train_epochs epochs",
+    dataset_processes="num_proc",
+    wandb_project="report_to wandb",
+    adapter="lora",
+    warmup_steps="warmup",
+    lora_r="lora_rank",
+    lora_target_modules="target_modules",
+    optimizer="optim",
+    lr_scheduler="lr_scheduler_type",
+    datasets="dataset train_file",
+    val_set_size="validation_split",
+    load_in_4bit="load_in_4_bit").items() for other in others.split()}
 "What other tools call a key -> its name here"
+
+MEANT = _table({
+    "adapter=relora": "`adapter: lora` with `relora: true` and `relora_steps`",
+    "adapter=dora": "`adapter: lora` with `peft_use_dora: true`",
+    "adapter=rslora": "`adapter: lora` with `peft_use_rslora: true`",
+    "adapter=gptq": "`adapter: lora` with `gptq: true`",
+    "adapter=full adapter=none": "no `adapter` at all, which trains all weights",
+    "optimizer=adam optimizer=adamw": "`adamw_torch`",
+    "lr_scheduler=cosine_with_warmup": "`cosine` with `warmup_steps`",
+    "lr_scheduler=linear_with_warmup": "`linear` with `warmup_steps`"})
+"What stands elsewhere as a value -> how it is said here"
