@@ -53,10 +53,12 @@ def recorded(c): return [c.of_rank(r)[1] for r in range(c.facts["world_size"])]
 
 # ---- what a spike is
 
-@given(st.lists(st.floats(0, 100, allow_subnormal=False), min_size=4, max_size=50), st.floats(0.5, 50))
-def test_the_limit_by_numpy(xs, k):
+@given(st.lists(st.floats(0, 100, allow_subnormal=False), min_size=4, max_size=50), st.floats(0.5, 50), st.floats(0, 1))
+def test_the_limit_by_numpy(xs, k, least):
     m = np.median(xs)
-    assert spike_limit(xs, k)==pytest.approx(m+k*max(1.4826*np.median(np.abs(np.array(xs)-m)), 0.01*m))
+    spread = 1.4826*np.median(np.abs(np.array(xs)-m))
+    assert spike_limit(xs, k)==pytest.approx(m+k*max(spread, 0.01*m))
+    assert spike_limit(xs, k, least)==pytest.approx(m+k*max(spread, least*m))
 
 
 @given(st.lists(st.floats(1, 3), min_size=20, max_size=20), st.integers(1, 9))
@@ -75,6 +77,7 @@ def test_when_a_capsule_is_kept():
     assert watch()([*calm, 9.])==[21] and watch(spike_threshold=None)([*calm, 9.])==[]
     assert watch()([2., 2.1, 9., 2.])==[], "too early to tell"
     assert watch()([2.]*20, [*[1.]*10, 30., *[1.]*9])==[11], "the norm counts, too"
+    assert watch()([2.]*20, [*[1.]*10, 2.9, *[1.]*9])==[] and watch()([2.]*20, [*[1.]*10, 3.1, *[1.]*9])==[11], "once it has tripled"
     assert watch()([*calm, math.nan, math.nan, 2., math.nan])==[21, 24] and watch(spike_threshold=None)([*calm, math.nan])==[21]
     assert watch()([*calm, 9., 2.]*9) ==[21, 43, 65, 87, 109] and watch(spike_capsules=0)([*calm, 9., math.nan])==[]
     assert watch()([*calm, *[9.]*6, *[2.]*20, 9.])==[21, 47], "a new level is one spike"

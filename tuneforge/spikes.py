@@ -38,10 +38,11 @@ from transformers.trainer_callback import ExportableState
 def spike_limit(
     recent:list[float], # figures of the last steps
     threshold:float, # distances (`spike_threshold`)
+    least:float=0.01, # share of the median that a distance is at least
 ) -> float: # a figure over it is a spike
     "Median plus so many median absolute deviations (Hampel 1974)"
     m = median(recent)
-    return m+threshold*max(1.4826*median(abs(x-m) for x in recent), 0.01*abs(m))
+    return m+threshold*max(1.4826*median(abs(x-m) for x in recent), least*abs(m))
 
 # %% ../nbs/32_spikes.ipynb #f44decc5
 @torch.no_grad()
@@ -313,8 +314,8 @@ class SpikeWatch(TrainerCallback, ExportableState):
         "Compare a figure with those of the last steps"
         opts,recent = self.cfg,getattr(self, name)
         if not opts.spike_threshold or 2*len(recent)<opts.spike_window: return ""
-        limit = spike_limit(recent, opts.spike_threshold)
-        return f"{name} {x:.4g} is over {limit:.4g}, its median being {median(recent):.4g}" if x>limit else ""
+        limit = spike_limit(recent, opts.spike_threshold, 0.2 if name=="grad_norm" else 0.01)
+        return f"{name} {x:.4g}, against a median of {median(recent):.4g} in the last {len(recent)} steps (over {limit:.4g}, it is a spike)" if x>limit else ""
 
 # %% ../nbs/32_spikes.ipynb #36c0dcab
 @patch
@@ -423,5 +424,5 @@ def _seal(self:SpikeWatch, part, target, model, step, why, ranks, facts, others_
         if target.exists(): shutil.rmtree(target) # of an earlier try at this step
         part.rename(target)
     except OSError as e: return f"{type(e).__name__}: {e}"
-    if self.only is None: log.warning(f"step {step}: {why}. Kept in {target}: `tuneforge replay {target}`")
+    if self.only is None: log.warning(f"step {step}: {why}. Its rows are kept; `tuneforge replay {target}` looks at them")
     return ""

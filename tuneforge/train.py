@@ -7,7 +7,7 @@ Docs: https://tuneforge.github.io/tuneforge/train.html.md"""
 # %% auto #0
 __all__ = ['total_steps', 'plan_run', 'training_arguments', 'stop_token_ids', 'flattens', 'prove_isolation', 'make_collator',
            'evaluation_loader', 'training_callbacks', 'make_meter', 'make_trainer', 'make_samples', 'run_facts',
-           'set_up', 'train_once', 'train', 'figures', 'describe', 'save_run']
+           'set_up', 'train_once', 'train', 'figures', 'last_evaluation', 'describe', 'save_run']
 
 # %% ../nbs/34_train.ipynb #4302daee
 import json,math,os
@@ -298,6 +298,16 @@ def figures(
     done = trainer.state.global_step
     return dict(loss=mean_of_log(trainer.state.log_history), steps=done, tokens=trainer.course.tokens_until(done), seconds=trainer.seconds)
 
+def last_evaluation(
+    trainer:ForgeTrainer, # after training
+    best:bool, # whether it has gone back to its best weights
+) -> dict: # `eval_loss`, `eval_perplexity`
+    "What held-out rows say of the weights that are left; if the last step was evaluated, they were just asked"
+    if best: return {k.replace("best", "eval", 1): v for k,v in trainer.evaluate(metric_key_prefix="best").items()} # in the log: not the model of the last step
+    said = [h for h in trainer.state.log_history if h["step"]==trainer.state.global_step and "eval_loss" in h]
+    return {k: v for k,v in said[-1].items() if k.startswith("eval_")} if said else trainer.evaluate()
+
+# %% ../nbs/34_train.ipynb #dcb4a3b1
 def describe(
     cfg:Config, # all options
     trainer:ForgeTrainer, # at some step
@@ -322,8 +332,7 @@ def save_run(
     done,course = trainer.state.global_step,trainer.course
     metrics = dict(loss=result.training_loss, steps=done, tokens=course.tokens_until(done), seconds=result.metrics["train_runtime"],
         packing_efficiency=course.efficiency)
-    kind = "best" if cfg.load_best_model_at_end else "eval" # in the log: it need not be the model of the last step
-    if trainer.eval_loader: metrics |= {k.replace(kind, "eval", 1): v for k,v in trainer.evaluate(metric_key_prefix=kind).items()}
+    if trainer.eval_loader: metrics |= last_evaluation(trainer, cfg.load_best_model_at_end)
     if cfg.load_best_model_at_end: metrics["best_step"] = trainer.state.best_global_step
     run = describe(cfg, trainer, data, metrics)
     if trainer.args.should_save:
