@@ -221,3 +221,6 @@ def test_check_says_which_files_are_not_here(d, monkeypatch, capsys):
     said = capsys.readouterr()
     assert said.out.endswith("3 keys, nothing wrong but that\n")
     assert said.err.count("on this machine")==1 and "c.yml:5: there is no data/gone.jsonl on this machine" in said.err
+    (d/"m.yml").write_text("base_model: ./nosuch\ntokenizer_config: someone/on-the-hub\nlora_model_dir: out/of/here\nresume_from_checkpoint: outputs/x\nadapter: lora\nlora_target_linear: true\nlearning_rate: 1\ndatasets:\n  - path: here.jsonl\n")
+    assert not main(["config", "check", "m.yml"])
+    assert [l for l in capsys.readouterr().err.splitlines() if "on this machine" in l]==[f"m.yml:{n}: there is no {p} on this machine" for n, p in ((1, "./nosuch"), (3, "out/of/here"), (4, "outputs/x"))]

@@ -1,5 +1,5 @@
 "To stop and go on is not to have stopped: bit for bit, at any step"
-import json, os, shutil, signal
+import json, os, re, shutil, signal
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
@@ -203,8 +203,21 @@ def test_a_changed_config_is_refused_before_anything_is_loaded(data, stopped, mo
 def test_changed_data_are_refused(data, stopped, tmp_path):
     rows = [json.loads(l) for l in data.read_text().splitlines()]
     other = write_jsonl(tmp_path/"other.jsonl", [r | dict(output=r["output"]+"!") if i==0 else r for i, r in enumerate(rows)])
-    with pytest.raises(UserError, match=r"data.train.sha256: .* → ") as e: train(config(other, stopped, resume="auto", max_steps=4))
+    with pytest.raises(UserError, match=r'data.train.sha256: "[0-9a-f]{8}…" → "[0-9a-f]{8}…" \(its tokens\)') as e: train(config(other, stopped, resume="auto", max_steps=4))
     assert "datasets.0.path: " in str(e.value) and "learning_rate" not in str(e.value)
+    then = json.loads((stopped/"checkpoint-2"/"manifest.json").read_text())
+    assert re.fullmatch(r'plan: "[0-9a-f]{8}…" → "aaaaaaaa…" \(samples come in another order: .*\)', *drift(then, then | dict(plan="a"*64)))
+
+
+def test_a_run_that_has_become_shorter(data, stopped):
+    with pytest.raises(UserError, match="checkpoint-2 was written after step 2, and this run has only 1: raise `num_epochs`"): train(config(data, stopped, resume="auto", max_steps=1), allow_drift=True)
+    assert [p.name for p in stopped.glob("*-*") if p.is_dir()]==["checkpoint-2"] # nothing was moved
+
+
+def test_a_checkpoint_that_is_not_there_is_missed_at_once(data, stopped, monkeypatch, tmp_path):
+    def loads(*args): raise AssertionError("something was loaded")
+    for name in ("load_tokenizer", "load_data", "load_model"): monkeypatch.setattr(f"tuneforge.train.{name}", loads)
+    with pytest.raises(UserError, match=f"no checkpoint to go on from: there is no such folder; {stopped} has checkpoint-2"): train(config(data, tmp_path/"out", resume=str(stopped/"checkpoint-9"), max_steps=4))
 
 
 def test_what_cannot_matter_may_change(data, stopped, tmp_path):

@@ -229,9 +229,9 @@ def config_check(
 ):
     "Find everything that is wrong with a config"
     from tuneforge.config import load_config, log
-    from tuneforge.sources import absent_files
+    from tuneforge.sources import absent_files, absent_folders
     cfg = load_config(configs, overrides) # says its notes itself
-    gone = absent_files(cfg)
+    gone = absent_files(cfg)+absent_folders(cfg)
     for place,path in gone: log.warning(f"{cfg.where(*place)}: there is no {path} on this machine")
     print(f"{', '.join(configs)}: {len(cfg.explicit())} keys, nothing wrong{' but that' if gone else ''}")
 

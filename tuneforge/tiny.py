@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/tiny.html.md"""
 
 # %% auto #0
 __all__ = ['SMALL', 'ATTRIBUTES', 'CHATML', 'PREAMBLE', 'SPECIAL', 'MADE', 'TinyName', 'tiny_config', 'Village', 'tiny_tokenizer',
-           'tiny_model', 'resolve_model']
+           'tiny_model', 'only_a_folder', 'resolve_model']
 
 # %% ../nbs/07_tiny.ipynb #c68bced7
 import hashlib,json,os,re,shutil
@@ -165,11 +165,17 @@ def tiny_model(
     return folder
 
 # %% ../nbs/07_tiny.ipynb #81ba4374
+def only_a_folder(
+    name:str, # hub id, folder, or `tiny:` name
+) -> bool: # a hub id has one slash at most
+    "Whether a name can only be a path"
+    return not name.startswith("tiny:") and (name.startswith((".","/","~")) or name.count("/")>1)
+
 def resolve_model(
     name:str, # hub id, folder, or `tiny:` name
 ) -> str: # hub id or folder
     "Where transformers finds `name`. Raises `UserError` for a path that isn't there."
     if name.startswith("tiny:"): return str(tiny_model(name))
-    if (name.startswith((".","/","~")) or name.count("/")>1) and not Path(name).expanduser().is_dir():
+    if only_a_folder(name) and not Path(name).expanduser().is_dir():
         raise UserError(f"`base_model` {name!r}: there is no such folder")
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
