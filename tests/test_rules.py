@@ -167,6 +167,7 @@ NOTED = {"evaluations_need_data": (dict(evals_per_epoch=4), "no effect without",
     "flattening_one_row": (dict(batch_flattening=True), "has no effect with `micro_batch_size: 1`", dict(batch_flattening=True, micro_batch_size=2)),
     "a_mixture_of_one": (dict(datasets=[dict(path="y", weight=1)]), "no effect on the only dataset", dict(datasets=[dict(path="y", weight=1), dict(path="z", weight=2)])),
     "evaluated_is_trained": (dict(datasets=[dict(path="y"), dict(path="z", split="train")], test_datasets=[dict(path="z", type="alpaca")]), "has the rows of `datasets[1]`", dict(datasets=[dict(path="z")], test_datasets=[dict(path="z", split="test")])),
+    "targets_beside_all": (dict(adapter="lora", lora_target_linear=True, lora_target_modules=["q_proj"]), "narrows nothing", dict(adapter="lora", lora_target_modules=["q_proj"])),
     "run_without_a_name": (dict(wandb_project="p", wandb_run_id="r"), "named after", dict(wandb_project="p", wandb_run_id="r", wandb_name="n"))}
 
 

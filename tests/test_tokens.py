@@ -135,3 +135,13 @@ def test_rows_may_be_a_dataset():
     from tests.tokenizers import tokenizer
     rows = [dict(text="one"), dict(text="two")]
     assert encode_rows(Dataset.from_list(rows), dict(type="completion"), tokenizer())==encode_rows(rows, dict(type="completion"), tokenizer())
+
+
+def test_a_new_special_token_is_told(caplog):
+    caplog.set_level("INFO", "tuneforge")
+    load_tokenizer(TokenizerOptions(base_model="tiny:llama", special_tokens=dict(pad_token="<pad>", eos_token="<s>")))
+    told = [r.getMessage() for r in caplog.records]
+    load_tokenizer(TokenizerOptions(base_model="tiny:llama", special_tokens=dict(pad_token="</ss>", bos_token="<|begin|>")))
+    new = [r.getMessage() for r in caplog.records][len(told):]
+    assert not [t for t in told if "<s>" in t] and len(new)==2
+    assert "`special_tokens.pad_token`: </ss> is new to this tokenizer" in "\n".join(new) and "did you mean `</s>`?" in "\n".join(new) and "<|begin|> is new" in "\n".join(new)

@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/checkpoint.html.md"""
 
 # %% auto #0
 __all__ = ['MANIFEST', 'SAVING', 'MAY_CHANGE', 'MEANS', 'SHAPE', 'digest', 'seal', 'set_aside', 'publish', 'read_manifest',
-           'damage', 'checkpoints', 'resume_from', 'prune', 'what_is_left', 'drift', 'has_changed', 'Changed',
+           'damage', 'checkpoints', 'resume_from', 'prune', 'what_is_left', 'run_changes', 'has_changed', 'Changed',
            'check_config', 'misfitting', 'data_facts', 'plan_facts', 'versions', 'Run', 'world_size', 'on_first_rank',
            'ResumableTrainer', 'make_way', 'run_to_end', 'mean_of_log']
 
@@ -174,7 +174,7 @@ def _flat(value, key=""):
 MEANS = {"plan": " (samples come in another order: of the epoch that was begun, some would come twice and others not at all)", "data.train.sha256": " (its tokens)", "data.valid.sha256": " (its tokens)"}
 "What a hash stands for"
 
-def drift(
+def run_changes(
     then:dict, # facts of a checkpoint
     now:dict, # facts of this run
 ) -> list[str]: # `key: then → now`; empty: nothing that matters
@@ -189,7 +189,7 @@ def drift(
 # %% ../nbs/32_checkpoint.ipynb #d3b02d77
 def has_changed(
     checkpoint, # folder
-    wrong:list[str], # from `drift`
+    wrong:list[str], # from `run_changes`
 ) -> str: # for a person
     "What has changed since a checkpoint"
     return f"since {checkpoint} was written, this has changed:\n  "+"\n  ".join(wrong)
@@ -201,7 +201,7 @@ class Changed(UserError):
     "The run is another one than the checkpoint's"
     def __init__(self,
         checkpoint, # folder
-        wrong:list[str], # from `drift`
+        wrong:list[str], # from `run_changes`
     ):
         drifts = not any(o.startswith(SHAPE) for o in wrong)
         super().__init__(f"resume: {has_changed(checkpoint, wrong)}\n{'`--allow-drift` goes on all the same; '*drifts}`resume: never` begins anew")
@@ -216,7 +216,7 @@ def check_config(
     for p in newest:
         try: then = read_manifest(p)
         except (OSError, ValueError): return # whether it is damaged is found out when it is read
-        if wrong := drift(then, then | dict(config=without_secrets(cfg.model_dump(mode="json")))): raise Changed(p, wrong)
+        if wrong := run_changes(then, then | dict(config=without_secrets(cfg.model_dump(mode="json")))): raise Changed(p, wrong)
 
 # %% ../nbs/32_checkpoint.ipynb #4bb60c02
 def misfitting(
@@ -399,7 +399,7 @@ class ResumableTrainer(_Restored):
     ):
         "Compare this run with a checkpoint. Raises `UserError` with every difference."
         then = read_manifest(Path(checkpoint))
-        self.start,self.before,wrong = then["step"],then["seconds"],drift(then, self.facts)
+        self.start,self.before,wrong = then["step"],then["seconds"],run_changes(then, self.facts)
         if wrong and not allow_drift: raise Changed(checkpoint, wrong)
         if self.start>self.facts["steps"]: raise UserError(f"resume: {checkpoint} was written after step {self.start}, and this run has only {self.facts['steps']}: raise `num_epochs` or `max_steps`, or begin anew with `resume: never`")
         other = wrong and ("its moments are those of another optimizer" if then["config"]["optimizer"]!=self.facts["config"]["optimizer"] else misfitting(Path(checkpoint), self.model))

@@ -139,8 +139,8 @@ def check_length(
     c = config.get_text_config()
     factor = 2**max(1, (-(-sequence_len//n)-1).bit_length())
     helps = (f"`overrides_of_model_config: {{max_seq_len: {sequence_len}}}`, as ALiBi reaches beyond what it has seen" if c.model_type=="mpt" else
-        f"rope scaling, `overrides_of_model_config: {{rope_scaling: {{rope_type: yarn, factor: {factor}.0}}}}`" if getattr(c, "rope_parameters", None) else "")
-    raise UserError(f"`sequence_len: {sequence_len}` is more than the {n:,} positions of {config.name_or_path or c.model_type}: set `sequence_len: {n}`"+(f", or use {helps}" if helps else "; its positions are learned and cannot be stretched"))
+        f"rope scaling, `overrides_of_model_config: {{rope_scaling: {{rope_type: yarn, factor: {factor}.0}}}}`" if getattr(c, "rope_parameters", None) and factor<=64 else "")
+    raise UserError(f"`sequence_len: {sequence_len}` is more than the {n:,} positions of the model: set `sequence_len: {n}`"+(f", or use {helps}" if helps else "; its positions cannot be stretched so far"))
 
 # %% ../nbs/20_models.ipynb #1507f5d9
 @dataclass(frozen=True)

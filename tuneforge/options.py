@@ -897,5 +897,6 @@ MEANT = _table({
     "adapter=full adapter=none": "no `adapter` at all, which trains all weights",
     "optimizer=adam optimizer=adamw": "`adamw_torch`",
     "lr_scheduler=cosine_with_warmup": "`cosine` with `warmup_steps`",
-    "lr_scheduler=linear_with_warmup": "`linear` with `warmup_steps`"})
+    "lr_scheduler=linear_with_warmup": "`linear` with `warmup_steps`",
+    "max_steps=-1": "no `max_steps` at all: `num_epochs` decides"})
 "What stands elsewhere as a value -> how it is said here"

@@ -185,10 +185,10 @@ def loading_quantised(
 ): # -> transformers.GPTQConfig, or None: as the checkpoint says
     "Check that a quantised checkpoint can be loaded as the config says"
     method = made_with(config)
-    if opts.gptq and method!="gptq": raise UserError(f"`gptq: true`, but {config.name_or_path} is {f'quantised with {method}' if method else 'not quantised'}: remove it, or name a GPTQ checkpoint as `base_model`")
+    if opts.gptq and method!="gptq": raise UserError(f"`gptq: true`, but `base_model` is {f'quantised with {method}' if method else 'not quantised'}: remove it, or name a GPTQ checkpoint")
     if method and method!="bitsandbytes":
         for k in ("load_in_4bit","load_in_8bit"):
-            if getattr(opts, k): raise UserError(f"`{k}`: {config.name_or_path} is already quantised ({method}); remove it")
+            if getattr(opts, k): raise UserError(f"`{k}`: `base_model` is already quantised ({method}); remove it")
     if method in ("gptq","awq"):
         for lib in ("gptqmodel","optimum"): need_library(lib, f"{method.upper()} checkpoints", "gptq")
     if method=="bitsandbytes": need_library("bitsandbytes", "4-bit and 8-bit checkpoints", "quant")

@@ -325,6 +325,10 @@ def _adapter_has_targets(cfg):
     if cfg.adapter and not (cfg.lora_target_linear or cfg.lora_target_modules or cfg.lora_target_parameters or cfg.lora_model_dir):
         yield "adapter", "say what to adapt: `lora_target_linear: true`, or `lora_target_modules`"
 
+@note
+def _targets_beside_all(cfg):
+    if cfg.lora_target_linear and cfg.lora_target_modules: yield "lora_target_modules", "`lora_target_modules` narrows nothing beside `lora_target_linear: true`: every linear layer is adapted, and these too"
+
 @rule
 def _targets_are_a_pattern(cfg):
     if not isinstance(cfg.lora_target_modules, str): return
