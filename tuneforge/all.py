@@ -13,6 +13,10 @@ from fastcore.imports import in_ipython as _in_ipython
 from transformers.utils.logging import disable_progress_bar as _quiet
 for _name in ("transformers","peft","accelerate"): logging.getLogger(_name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+for _said in ("The following (rank|alpha)_pattern keys did not match", # an error here, where a config has them; PEFT writes some itself, for experts
+    "fan_in_fan_out is set to", "Setting `save_embedding_layers` to `True`", # what then happens is right
+    "Model has `tie_word_embeddings=True`"): # said at the beginning, with what to do
+    warnings.filterwarnings("ignore", message=_said, module="peft")
 if not sys.stderr.isatty() and not _in_ipython(): _quiet() # a bar in a log file is a page of noise
 
 # %% ../nbs/59_all.ipynb #f6882e2d
