@@ -88,7 +88,7 @@ def merge_lora(
 
 def evaluate(
     cfg, # `Config` of the training run
-    max_answers:int=200, # rows of each data set to answer; the loss is taken over all
+    max_answers:int=200, # rows of each data set to answer, each in all its trained turns; the loss is taken over all rows
     train_rows:int=0, # rows of each data set that was trained, to score as well
     compare:bool=False, # score the base, too: before and after
     rank:int=0, # show so many of the rows with the highest loss; of the trained ones, too, with `--train-rows`
