@@ -82,9 +82,12 @@ def merge_lora(
     other_base:bool=False, # merge into other weights than those that the adapter was trained beside
 ):
     "Merge the adapter into its base model, and prove that nothing changed"
+    from rich.console import Console
     from tuneforge.all import merge
     folder,proof = merge(cfg, out, max_kl, original, other_base)
-    print(f"{proof}\nmerged into {folder}: KL {proof.kl:.1g} nats, same token in {proof.same_token:.1%}")
+    if sys.stdout.isatty(): Console().print(proof)
+    else: print(proof)
+    print(f"merged into {folder}: KL {proof.kl:.1g} nats, same token in {proof.same_token:.1%}")
 
 def evaluate(
     cfg, # `Config` of the training run
