@@ -158,7 +158,7 @@ class Base(Mapping):
     def __len__(self): return len(self.names)
     def missing(self): return sorted(set(self.shapes)-set(self.names))
 
-# %% ../nbs/50_merge.ipynb #19d01c8d
+# %% ../nbs/50_merge.ipynb #a5000002
 def _settings(folder): return json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
 
 def trained_on(
@@ -168,6 +168,7 @@ def trained_on(
     run = folder/"run.json"
     return json.loads(run.read_text(encoding="utf-8"))["config"]["base_model"] if run.is_file() else _settings(folder).get("base_model_name_or_path")
 
+# %% ../nbs/50_merge.ipynb #19d01c8d
 def mismatches(
     have:dict, # name -> shape, in the adapter's file
     want:dict, # name -> shape, as the base needs it
@@ -477,6 +478,7 @@ def _way(cfg, folder, tokenizer):
     log.warning(f"the files of {cfg.base_model} have other names than its layers (they lack {lacks[0]}): the model is merged in memory as a whole")
     return _whole_merge
 
+# %% ../nbs/50_merge.ipynb #a5000001
 def _adapter(cfg):
     "The folder of the adapter. Raises `UserError` with what is there instead."
     folder = Path(cfg.lora_model_dir or cfg.output_dir).expanduser()

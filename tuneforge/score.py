@@ -207,20 +207,6 @@ def _shown(row, k): # a figure as text
     if isinstance(v, int): return f"{v:,}"
     return f"{v:.1%}" if k in ("token_accuracy","exact_match") or k.startswith("bench_") else f"{v:.4g}"
 
-def _upright(heads, lines):
-    "A table with a line for each figure and a column for each model"
-    from rich.table import Table
-    from rich.text import Text
-    models,t = list(dict.fromkeys(o[0] for o in lines)),Table()
-    for h in ("",*models): t.add_column(h, justify="right" if h else "left", overflow="fold")
-    for split,path in dict.fromkeys((o[1],o[2]) for o in lines):
-        of = {o[0]: o for o in lines if (o[1],o[2])==(split,path)}
-        t.add_section()
-        t.add_row(Text(f"{split} {path}", "bold"))
-        for i,h in enumerate(heads[3:], 3):
-            if any(o[i] for o in of.values()): t.add_row(f"  {h}", *(of[m][i] if m in of else "" for m in models))
-    return t
-
 @dataclass
 class Evaluation:
     "Scores by data set"
@@ -236,20 +222,39 @@ class Evaluation:
         wide = [max(len(o[i]) for o in [heads, *lines]) for i in range(len(heads))]
         table = "\n".join("  ".join(c.ljust(w) if i<3 else c.rjust(w) for i,(c,w) in enumerate(zip(o, wide))).rstrip() for o in [heads, *lines])
         return "\n\n".join([table, *map(repr, self.hardest)])
-    def __rich_console__(self, console, options):
-        from rich.table import Table
-        from rich.text import Text # square brackets are no colours
-        heads,lines = self.table()
-        t = Table()
-        for i,h in enumerate(heads): t.add_column(h, justify="left" if i<3 else "right", overflow="fold")
-        for o in lines: t.add_row(*map(Text, o))
-        yield t if console.measure(t, options=options.update(max_width=10_000)).maximum<=options.max_width else _upright(heads, lines)
-        yield from self.hardest
-    def _repr_html_(self):
-        from html import escape
-        heads,lines = self.table()
-        cells = lambda o,t: "<tr>"+"".join(f"<{t} style='text-align:{'left' if i<3 else 'right'}'>{escape(c)}</{t}>" for i,c in enumerate(o))+"</tr>"
-        return f"<table>{cells(heads, 'th')}{''.join(cells(o, 'td') for o in lines)}</table>"+"".join(h._repr_html_() for h in self.hardest)
+
+# %% ../nbs/57_score.ipynb #a5700002
+def _upright(heads, lines):
+    "A table with a line for each figure and a column for each model"
+    from rich.table import Table
+    from rich.text import Text
+    models,t = list(dict.fromkeys(o[0] for o in lines)),Table()
+    for h in ("",*models): t.add_column(h, justify="right" if h else "left", overflow="fold")
+    for split,path in dict.fromkeys((o[1],o[2]) for o in lines):
+        of = {o[0]: o for o in lines if (o[1],o[2])==(split,path)}
+        t.add_section()
+        t.add_row(Text(f"{split} {path}", "bold"))
+        for i,h in enumerate(heads[3:], 3):
+            if any(o[i] for o in of.values()): t.add_row(f"  {h}", *(of[m][i] if m in of else "" for m in models))
+    return t
+
+def _rich(self, console, options):
+    from rich.table import Table
+    from rich.text import Text # square brackets are no colours
+    heads,lines = self.table()
+    t = Table()
+    for i,h in enumerate(heads): t.add_column(h, justify="left" if i<3 else "right", overflow="fold")
+    for o in lines: t.add_row(*map(Text, o))
+    yield t if console.measure(t, options=options.update(max_width=10_000)).maximum<=options.max_width else _upright(heads, lines)
+    yield from self.hardest
+
+def _html(self):
+    from html import escape
+    heads,lines = self.table()
+    cells = lambda o,t: "<tr>"+"".join(f"<{t} style='text-align:{'left' if i<3 else 'right'}'>{escape(c)}</{t}>" for i,c in enumerate(o))+"</tr>"
+    return f"<table>{cells(heads, 'th')}{''.join(cells(o, 'td') for o in lines)}</table>"+"".join(h._repr_html_() for h in self.hardest)
+
+Evaluation.__rich_console__,Evaluation._repr_html_ = _rich,_html
 
 # %% ../nbs/57_score.ipynb #7bb0e7f3
 def _scores(cfg, model, tokenizer, ds, max_answers, answer):
