@@ -1,5 +1,5 @@
 "Merging against PEFT's own merge, against the adapter's logits, and against what may go wrong"
-import ctypes, json, os, re, shutil, subprocess, sys
+import ctypes, io, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
@@ -251,6 +251,38 @@ def test_another_base_of_the_same_shape_is_refused(tmp_path, caplog):
     assert "was trained on" not in caplog.text
     merge(cfg.replace(base_model=str(tmp_path/"other")), other_base=True)
     assert "is merged into" in caplog.text
+
+
+def test_a_base_is_called_what_the_user_called_it(tmp_path, caplog):
+    "PEFT knows only the folder in the cache that `tiny:llama` was made in"
+    cfg = trained(tmp_path, "tiny:llama")
+    assert str(resolve_model("tiny:llama")) in (tmp_path/"out"/"adapter_config.json").read_text()
+    with pytest.raises(UserError, match=r"other weights than those in tiny:llama\?seed=2 \(on tiny:llama\)"): merge(cfg.replace(base_model="tiny:llama?seed=2"))
+    with pytest.raises(UserError, match=r"it was trained on tiny:llama\n"): merge(cfg.replace(base_model="tiny:llama?num_hidden_layers=1"), other_base=True)
+    merge(cfg.replace(base_model="tiny:llama?seed=2"), other_base=True)
+    assert "the adapter was trained on tiny:llama, and is merged into tiny:llama?seed=2" in caplog.text
+
+
+def test_a_run_without_an_adapter_has_nothing_to_merge(tmp_path):
+    cfg = trained(tmp_path, "tiny:llama", adapter=None, lora_r=None, lora_alpha=None, lora_target_modules=None)
+    with pytest.raises(UserError, match="out had no `adapter`.*nothing to merge.*holds the finished model"): merge(cfg)
+    adapter = trained(tmp_path, "tiny:llama", output_dir=str(tmp_path/"lora"))
+    with pytest.raises(UserError, match="no `adapter`"): merge(adapter.replace(lora_model_dir=str(tmp_path/"out")))
+    (tmp_path/"lora"/"adapter_config.json").unlink()
+    with pytest.raises(UserError, match="lora is no adapter folder: it has no adapter_config.json"): merge(adapter)
+    with pytest.raises(UserError, match="no adapter folder: .*nowhere. Train first: `tuneforge train CFG`"): merge(adapter.replace(output_dir=str(tmp_path/"nowhere")))
+    with pytest.raises(UserError, match="no adapter folder: .*nowhere$"): merge(adapter.replace(lora_model_dir=str(tmp_path/"nowhere")))
+
+
+def test_the_proof_fits_a_narrow_terminal():
+    from rich.console import Console
+    said = "prompt 1: "+repr("\n<|im_end|>\n<|im_start|>[/assistant]\n\n0123")
+    proof, out = Proof([said, "random tokens 1"], [Drift(0.29, 1, 1), Drift(0.31, 1, 1)], [Drift(2.9e-08, 1e-6, 0.997), Drift(5.1e-9, 2e-6, 1)], 1e-3), io.StringIO()
+    Console(width=80, file=out).print(proof)
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines))<=80 and "".join(l.split("│")[1].strip() for l in lines if "│" in l).replace(" ", "")==(said+"random tokens 1").replace(" ", "")
+    assert all(f in out.getvalue() for r in proof.rows() for f in r[1:])
+    assert said in repr(proof).splitlines()[1] # a file has it whole, a line each
 
 
 def test_tokens_that_the_config_lacks_are_named(tmp_path):

@@ -69,6 +69,15 @@ def test_text_without_questions_is_cut(data, tmp_path):
     for o in lines(tmp_path): assert any(t.startswith(o["prompt"]) and t.endswith(o["expected"]) and len(o["prompt"])<len(o["expected"]) for t in texts), o
 
 
+def test_of_a_chat_the_last_turn_is_asked_for(tmp_path):
+    "With `train_on_eos: all`, which trains the ends of questions, too"
+    chat = [dict(role=r, content=c) for r, c in (("user", "Who?"), ("assistant", "Bagol."), ("user", "Where?"), ("assistant", "In Coldmere."), ("user", "Thanks."))]
+    cfg = config(write_jsonl(tmp_path/"chats.jsonl", [dict(messages=chat)]*4), tmp_path, datasets=[dict(path=str(tmp_path/"chats.jsonl"), type="chat_template", train_on_eos="all")], chat_template="chatml", special_tokens=dict(eos_token="<|im_end|>"))
+    tok = load_tokenizer(cfg)
+    for q in sample_questions(prepare_data(cfg, tok).train, tok, 2):
+        assert q["expected"]=="In Coldmere." and q["ids"]==tok.apply_chat_template(chat[:3], add_generation_prompt=True, return_dict=False)
+
+
 class Stop(TrainerCallback):
     def __init__(self, step): self.step = step
     def on_step_end(self, args, state, control, **kwargs): control.should_training_stop |= state.global_step==self.step

@@ -1,8 +1,9 @@
 "Scores against those computed by hand, a token and a row at a time, and everything that cannot be scored"
-import collections, csv, json, math, re, shutil
+import collections, csv, io, json, math, re, shutil
 from importlib import util
 import numpy as np, pytest, torch
 from tuneforge.all import *
+from tuneforge.generate import questions_and_answers
 from tuneforge.score import by_dataset, check_unseen, choice_prompt, find_tasks, harness, losses, read_bench, text_scores
 from tests.tools import command, write_jsonl
 
@@ -122,6 +123,75 @@ def test_rows_that_were_trained_are_refused(cfg, home, tok, tmp_path, caplog):
     assert check_unseen(double, data, tok)==3==len(data.valid) and "as doubles" in caplog.text
 
 
+# Chats: every trained turn is an answer
+
+def village_chats(n=3):
+    "A system prompt, an answer that is always the same, and one that cannot be guessed"
+    turn = lambda role, content, **kw: dict(role=role, content=content, **kw)
+    return [dict(messages=[turn("system", "Be brief."), turn("user", f"Do you know {p}?"), turn("assistant", "Yes.", train=False), turn("user", "Of which colour is the door?"),
+        turn("assistant", f"white, number {(i*37+11)%90}", train=True)]) for i, p in enumerate(list(VILLAGE.people)[:n])]
+
+
+def chat_config(path, template="chatml", eos="<|im_end|>", **kw):
+    entry = {k: kw.pop(k) for k in ("train_on_eos", "roles_to_train", "message_field_training") if k in kw}
+    return load_config(dict(base_model="tiny:llama?num_hidden_layers=1", special_tokens=dict(eos_token=eos, pad_token="<pad>"), chat_template=template, datasets=[dict(path=str(path), type="chat_template") | entry],
+        dataset_prepared_path=str(path.parent/"prepared"), sequence_len=256, learning_rate=1e-2, micro_batch_size=4, save_strategy="no", warmup_steps=0) | kw)
+
+
+def greedily(model, tok, ids, n):
+    "A token at a time, each from the whole text before it"
+    ends, new = model.generation_config.eos_token_id, []
+    while len(new)<n and (not new or new[-1] not in (ends if isinstance(ends, list) else [ends])):
+        with torch.no_grad(): new.append(int(model(input_ids=torch.tensor([ids+new])).logits[0, -1].argmax()))
+    return tok.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("template, eos", [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>")])
+@pytest.mark.parametrize("asked, options", [((2, 4), {}), ((2, 4), dict(train_on_eos="last")), ((2, 4), dict(train_on_eos="all")), ((2, 4), dict(train_on_eos="none")), ((4,), dict(message_field_training="train")),
+    ((1, 3), dict(roles_to_train=["user"])), ((1, 2, 3, 4), dict(roles_to_train=["user", "assistant"]))], ids=str)
+def test_every_trained_turn_is_asked(tmp_path, template, eos, asked, options):
+    "The question is what the template writes before a turn, the answer what the turn says, what is said a greedy loop by hand"
+    chats = village_chats()
+    cfg = chat_config(write_jsonl(tmp_path/"c.jsonl", chats), template, eos, **options)
+    tok = load_tokenizer(cfg)
+    model, ds = load_model(cfg, tok).eval(), prepare_data(cfg, tok).train
+    got, longest = answer_all(model, tok, ds, batch_size=2, progress=False).rows, max(len(a) for r in ds for _, a in questions_and_answers(r, tok))
+    want = []
+    for chat in chats:
+        for i in asked:
+            before, turn = chat["messages"][:i], chat["messages"][i]
+            if turn["role"]=="assistant": ids = tok.apply_chat_template(before, add_generation_prompt=True, return_dict=False)
+            else: ids = tok(tok.apply_chat_template(before+[dict(role="user", content="\0")], tokenize=False).partition("\0")[0], add_special_tokens=False).input_ids
+            want.append((tok.decode(ids, skip_special_tokens=True), turn["content"], greedily(model, tok, ids, longest+4)))
+    assert sorted(got)==sorted(want)
+
+
+def test_a_turn_that_is_always_the_same_is_not_the_whole_score(tmp_path):
+    "`Yes.` is learnt at once, the number of a house that was never seen is not: one answer of two is right, and the table says of how many rows"
+    chats = village_chats(9)
+    for name, rows in (("train", chats[:6]), ("test", chats[6:])): write_jsonl(tmp_path/f"{name}.jsonl", rows)
+    cfg = chat_config(tmp_path/"train.jsonl", test_datasets=[dict(path=str(tmp_path/"test.jsonl"), type="chat_template")], output_dir=str(tmp_path/"out"), max_steps=40)
+    train(cfg)
+    scores = evaluate(cfg, compare=True)
+    assert [(r["model"], r["exact_match"], r["answered"], r["answered_rows"], r["rows"]) for r in scores.rows]==[("base", 0, 6, 3, 3), ("tuned", 0.5, 6, 3, 3)]
+    assert json.loads((tmp_path/"out"/"evaluation.json").read_text())==scores.rows
+    heads, lines = scores.table()
+    assert "answered rows" not in heads and [l[heads.index("answered")] for l in lines]==["6 in 3 rows"]*2
+
+
+def test_one_answer_a_row_as_ever(tok, model, home):
+    "Rows with one trained stretch are cut where the first and only one begins and ends; what has no question stays as it is"
+    for r in prepare_data(load_config(home/"c.yml"), tok).train:
+        trained = [i for i, l in enumerate(r["labels"]) if l!=-100]
+        assert trained==list(range(trained[0], trained[-1]+1))
+        assert questions_and_answers(r, tok)==[(r["input_ids"][:trained[0]], r["input_ids"][trained[0]:trained[-1]+1])]
+    end = tok.eos_token_id
+    assert questions_and_answers(dict(input_ids=[5, end], labels=[-100, end]), tok)==[([5], [end])] # an empty answer is one
+    assert questions_and_answers(dict(input_ids=[5, 6], labels=[5, 6]), tok)==[([], [5, 6])]
+    assert questions_and_answers(dict(input_ids=[5, 6, 7], labels=[5, -100, 7]), tok)==[([5, 6], [7])] # the rest of an answer that was cut
+    assert questions_and_answers(dict(input_ids=[5], labels=[-100]), tok)==[([], [])]
+
+
 # Scores of texts
 
 def ngrams(x, n): return collections.Counter(tuple(x[i:i+n]) for i in range(len(x)-n+1))
@@ -199,6 +269,33 @@ def test_questions_that_are_none(tmp_path, text, said):
     with pytest.raises(UserError, match="no file here"): read_bench(EvalOptions(do_bench_eval=True, bench_dataset="mmlu-zs"))
     (tmp_path/"b.json").write_text("{}")
     with pytest.raises(UserError, match="list of objects"): read_bench(EvalOptions(do_bench_eval=True, bench_dataset=str(tmp_path/"b.json")))
+
+
+# The table
+
+def shown(what, width):
+    from rich.console import Console
+    out = Console(width=width, file=io.StringIO())
+    out.print(what)
+    return out.file.getvalue()
+
+
+@pytest.mark.parametrize("models", [("tuned",), ("base", "tuned")])
+def test_a_narrow_terminal_shows_every_figure_whole(models):
+    figure = iter(range(1000, 9999))
+    rows = [dict(model=m, split="valid", dataset=d, loss=next(figure)/1, perplexity=next(figure)/1, token_accuracy=0.5, rows=next(figure), tokens=next(figure), exact_match=0.25, answered=523, answered_rows=200)
+        for d in ("data/[red]near[/].jsonl", "data/far/"*20) for m in models]+[dict(model=m, split="harness", dataset="homes/acc", score=next(figure)/1) for m in models]
+    narrow, wide = (shown(Evaluation(rows), w) for w in (80, 400))
+    assert max(map(len, narrow.splitlines()))<=80 and len(wide.splitlines())==4+len(rows)
+    for text in (narrow, wide):
+        for r in rows:
+            for k in r.keys()&{"loss", "perplexity", "score"}: assert f" {r[k]:.4g} " in text, (k, text)
+            for k in r.keys()&{"rows", "tokens"}: assert f" {r[k]:,} " in text, (k, text)
+        assert "data/[red]near[/].jsonl" in text and text.count("523 in 200 rows")==2*len(models)
+    for r in rows[:2]: # a figure stands under its model
+        line = next(l for l in narrow.splitlines() if f" {r['rows']:,} " in l).split("│")
+        head = next(l for l in narrow.splitlines() if "tuned" in l).split("┃")
+        assert head[[i for i, c in enumerate(line) if f" {r['rows']:,} " in c][0]].strip()==r["model"]
 
 
 # The harness

@@ -118,6 +118,51 @@ def test_mlflow(data, tmp_path, place):
     assert [o.info.run_id for o in found()]==[r.info.run_id]
 
 
+def test_mlflow_by_default_keeps_the_run_in_its_folder(data, tmp_path, monkeypatch, capfd, caplog):
+    "Nothing in the working folder; a run that goes on is one run, also where only its checkpoint and the store are left; one in another folder is new"
+    pytest.importorskip("mlflow"), pytest.importorskip("sqlalchemy"), pytest.importorskip("alembic")
+    from mlflow import MlflowClient
+    (tmp_path/"cwd").mkdir()
+    monkeypatch.chdir(tmp_path/"cwd")
+    caplog.set_level("INFO", logger="tuneforge")
+    kw = dict(use_mlflow=True, hf_mlflow_log_artifacts=True, save_strategy="steps", save_steps=2)
+    train(config(data, "../out", **kw))
+    uri = f"sqlite:///{tmp_path}/out/mlflow/mlflow.db"
+    assert f"`mlflow ui --backend-store-uri {uri}` shows the run" in caplog.text and not list((tmp_path/"cwd").iterdir())
+    def found(uri):
+        client = MlflowClient(tracking_uri=uri)
+        return client, client.search_runs([client.get_experiment_by_name("tuneforge").experiment_id])
+    client, (r,) = found(uri)
+    want = expected(tmp_path/"out")
+    close({k: {m.step: m.value for m in client.get_metric_history(r.info.run_id, k)} for k in want}, want)
+    assert (tmp_path/"out"/"mlflow"/"files"/r.info.run_id/"artifacts"/"checkpoint-2"/"trainer_state.json").is_file()
+    train(config(data, "../out", resume="../out/checkpoint-2", **kw))
+    assert [o.info.run_id for o in found(uri)[1]]==[r.info.run_id]
+    train(config(data, "../b", resume="../out/checkpoint-2", **kw))
+    new, = found(f"sqlite:///{tmp_path}/b/mlflow/mlflow.db")[1]
+    assert new.info.run_id!=r.info.run_id and new.info.status=="FINISHED" and "is off" not in caplog.text
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/team.db")
+    train(config(data, "../c", use_mlflow=True))
+    assert not (tmp_path/"c"/"mlflow").exists() and len(MlflowClient().search_runs(["0"]))==1
+    assert "INFO mlflow" not in capfd.readouterr().err and not list((tmp_path/"cwd").iterdir())
+
+
+def test_a_database_needs_its_packages(data, tmp_path, monkeypatch):
+    from importlib.util import find_spec
+    monkeypatch.setattr("tuneforge.trackers.find_spec", lambda n: None if n=="alembic" else find_spec(n) or True)
+    with pytest.raises(UserError, match=r"MLflow needs alembic, not installed here: pip install 'tuneforge\[mlflow\]'"): check_trackers(config(data, tmp_path, use_mlflow=True))
+    check_trackers(config(data, tmp_path, use_mlflow=True, mlflow_tracking_uri="http://127.0.0.1:9"))
+
+
+def test_wandb_says_where_the_run_is_and_no_more(data, tmp_path, capfd, caplog):
+    pytest.importorskip("wandb")
+    caplog.set_level("INFO", logger="tuneforge")
+    train(config(data, tmp_path, wandb_project="p", wandb_mode="offline"))
+    said, (folder,) = capfd.readouterr().err, (tmp_path/"wandb").glob("offline-run-*")
+    assert "Run history" not in said and "Run summary" not in said and said.count("wandb: ")<6
+    assert f"Weights & Biases: `wandb sync {folder}` sends the run" in caplog.text
+
+
 def test_comet(data, tmp_path):
     pytest.importorskip("comet_ml")
     train(config(data, tmp_path, comet_project_name="p", comet_online=False, comet_api_key="sesame"))

@@ -82,13 +82,16 @@ def merge_lora(
     other_base:bool=False, # merge into other weights than those that the adapter was trained beside
 ):
     "Merge the adapter into its base model, and prove that nothing changed"
+    from rich.console import Console
     from tuneforge.all import merge
     folder,proof = merge(cfg, out, max_kl, original, other_base)
-    print(f"{proof}\nmerged into {folder}: KL {proof.kl:.1g} nats, same token in {proof.same_token:.1%}")
+    if sys.stdout.isatty(): Console().print(proof)
+    else: print(proof)
+    print(f"merged into {folder}: KL {proof.kl:.1g} nats, same token in {proof.same_token:.1%}")
 
 def evaluate(
     cfg, # `Config` of the training run
-    max_answers:int=200, # rows of each data set to answer; the loss is taken over all
+    max_answers:int=200, # rows of each data set to answer, each in all its trained turns; the loss is taken over all rows
     train_rows:int=0, # rows of each data set that was trained, to score as well
     compare:bool=False, # score the base, too: before and after
     rank:int=0, # show so many of the rows with the highest loss; of the trained ones, too, with `--train-rows`

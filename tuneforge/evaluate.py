@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass,field
 import numpy as np
 from .dataset import Prepared, sample_lengths
-from .generate import generate, question_and_answer
+from .generate import generate, questions_and_answers
 from .loaders import PlanLoader
 from .options import DataOptions
 from .packing import Collator, RunPlan, plan_epoch
@@ -37,9 +37,9 @@ def answer_all(
     batch_size:int=32, # questions at a time
     progress:bool=True, # show a bar
 ) -> Answers: # with `exact_match`
-    "Answer the question of each row greedily"
+    "Answer each question of each row greedily"
     from tqdm.auto import tqdm
-    pairs = [question_and_answer(s) for s in ds]
+    pairs = [p for s in ds for p in questions_and_answers(s, tokenizer)]
     longest = max(len(a) for _,a in pairs)
     text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     rows = []

@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 from .config import SamplingOptions
-from .generate import generate, printable, question_and_answer, screen
+from .generate import generate, printable, questions_and_answers, screen
 from .options import EvalOptions
 from transformers import TrainerCallback
 
@@ -29,7 +29,7 @@ def sample_questions(
     "Questions from rows that are spread over the data"
     res,text = [],lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()
     for i in np.unique(np.linspace(0, len(ds)-1, min(n, len(ds))).round().astype(int)).tolist():
-        asked,answer = question_and_answer(ds[i])
+        asked,answer = questions_and_answers(ds[i], tokenizer)[-1]
         if len(asked)<=1: # nothing, or a BOS token
             cut = max(1, round((len(asked)+len(answer))*ratio))
             asked,answer = (asked+answer)[:cut],(asked+answer)[cut:]

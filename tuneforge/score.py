@@ -200,6 +200,13 @@ def harness(
     return {f"{t}/{k.removesuffix(',none')}": v for t,r in found["results"].items() for k,v in r.items() if isinstance(v, float) and "stderr" not in k}
 
 # %% ../nbs/57_score.ipynb #5e33e5db
+def _shown(row, k): # a figure as text
+    v = row.get(k)
+    if k=="answered" and v and v!=row["answered_rows"]: return f"{v:,} in {row['answered_rows']:,} rows" # chats have several
+    if v is None or isinstance(v, str): return v or ""
+    if isinstance(v, int): return f"{v:,}"
+    return f"{v:.1%}" if k in ("token_accuracy","exact_match") or k.startswith("bench_") else f"{v:.4g}"
+
 @dataclass
 class Evaluation:
     "Scores by data set"
@@ -208,36 +215,55 @@ class Evaluation:
     hardest:list=field(repr=False, default_factory=list) # `Hardest` of each split, if asked for
     def table(self) -> tuple[list[str],list[list[str]]]: # (heads, lines)
         "As text"
-        heads = list(dict.fromkeys(k for r in self.rows for k in r))
-        show = lambda k,v: "" if v is None else f"{v:,}" if isinstance(v, int) else v if isinstance(v, str) else f"{v:.1%}" if k in ("token_accuracy","exact_match") or k.startswith("bench_") else f"{v:.4g}"
-        return [h.replace("_", " ") for h in heads],[[show(k, r.get(k)) for k in heads] for r in self.rows]
+        heads = [h for h in dict.fromkeys(k for r in self.rows for k in r) if h!="answered_rows"]
+        return [h.replace("_", " ") for h in heads],[[_shown(r, k) for k in heads] for r in self.rows]
     def __repr__(self):
         heads,lines = self.table()
         wide = [max(len(o[i]) for o in [heads, *lines]) for i in range(len(heads))]
         table = "\n".join("  ".join(c.ljust(w) if i<3 else c.rjust(w) for i,(c,w) in enumerate(zip(o, wide))).rstrip() for o in [heads, *lines])
         return "\n\n".join([table, *map(repr, self.hardest)])
-    def __rich__(self):
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text # square brackets are no colours
-        heads,lines = self.table()
-        t = Table()
-        for i,h in enumerate(heads): t.add_column(h, justify="left" if i<3 else "right", overflow="fold")
-        for o in lines: t.add_row(*map(Text, o))
-        return Group(t, *self.hardest)
-    def _repr_html_(self):
-        from html import escape
-        heads,lines = self.table()
-        cells = lambda o,t: "<tr>"+"".join(f"<{t} style='text-align:{'left' if i<3 else 'right'}'>{escape(c)}</{t}>" for i,c in enumerate(o))+"</tr>"
-        return f"<table>{cells(heads, 'th')}{''.join(cells(o, 'td') for o in lines)}</table>"+"".join(h._repr_html_() for h in self.hardest)
+
+# %% ../nbs/57_score.ipynb #a5700002
+def _upright(heads, lines):
+    "A table with a line for each figure and a column for each model"
+    from rich.table import Table
+    from rich.text import Text
+    models,t = list(dict.fromkeys(o[0] for o in lines)),Table()
+    for h in ("",*models): t.add_column(h, justify="right" if h else "left", overflow="fold")
+    for split,path in dict.fromkeys((o[1],o[2]) for o in lines):
+        of = {o[0]: o for o in lines if (o[1],o[2])==(split,path)}
+        t.add_section()
+        t.add_row(Text(f"{split} {path}", "bold"))
+        for i,h in enumerate(heads[3:], 3):
+            if any(o[i] for o in of.values()): t.add_row(f"  {h}", *(of[m][i] if m in of else "" for m in models))
+    return t
+
+def _rich(self, console, options):
+    from rich.table import Table
+    from rich.text import Text # square brackets are no colours
+    heads,lines = self.table()
+    t = Table()
+    for i,h in enumerate(heads): t.add_column(h, justify="left" if i<3 else "right", overflow="fold")
+    for o in lines: t.add_row(*map(Text, o))
+    yield t if console.measure(t, options=options.update(max_width=10_000)).maximum<=options.max_width else _upright(heads, lines)
+    yield from self.hardest
+
+def _html(self):
+    from html import escape
+    heads,lines = self.table()
+    cells = lambda o,t: "<tr>"+"".join(f"<{t} style='text-align:{'left' if i<3 else 'right'}'>{escape(c)}</{t}>" for i,c in enumerate(o))+"</tr>"
+    return f"<table>{cells(heads, 'th')}{''.join(cells(o, 'td') for o in lines)}</table>"+"".join(h._repr_html_() for h in self.hardest)
+
+Evaluation.__rich_console__,Evaluation._repr_html_ = _rich,_html
 
 # %% ../nbs/57_score.ipynb #7bb0e7f3
 def _scores(cfg, model, tokenizer, ds, max_answers, answer):
     "Scores of one data set"
     res = losses(model, ds, tokenizer.pad_token_id, cfg.eval_batch_size or cfg.micro_batch_size)
     if not answer or not max_answers: return res
-    answers = answer_all(model, tokenizer, ds.select(range(min(max_answers, len(ds)))))
-    res |= dict(exact_match=answers.exact_match, answered=len(answers.rows))
+    asked = ds.select(range(min(max_answers, len(ds))))
+    answers = answer_all(model, tokenizer, asked)
+    res |= dict(exact_match=answers.exact_match, answered=len(answers.rows), answered_rows=len(asked))
     if cfg.do_causal_lm_eval: res |= text_scores(answers, *_metrics(cfg))
     return res
 
@@ -272,7 +298,7 @@ def _of_model(cfg, name, model, tokenizer, data, max_answers, train_rows, more):
 
 def evaluate(
     cfg:Config, # of the run
-    max_answers:int=200, # rows of each data set to answer; the loss is taken over all
+    max_answers:int=200, # rows of each data set to answer, in all their trained turns; the loss is taken over all rows
     train_rows:int=0, # rows of each data set that was trained, to score as well
     compare:bool=False, # score the base, too
     tasks:dict|None=None, # of the harness: `tasks`, `folder` with your own, `limit`
