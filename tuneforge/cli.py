@@ -105,6 +105,8 @@ def evaluate(
     else: print(scores)
 
 # %% ../nbs/60_cli.ipynb #cc06872c
+_NO_SYSTEM = "(the training began with a system message, and there is none here: give --default-system-message TEXT, or /system TEXT in a conversation)"
+
 def _one_prompt(prompt_file):
     "The prompt from a file or a pipe; None: a person is there"
     if prompt_file: text = Path(prompt_file).read_text(encoding="utf-8")
@@ -137,7 +139,7 @@ def inference(
     if sum(map(bool, (chat, prompt_file, input, gradio)))>1: raise UserError("give only one of --chat, --prompt-file, --input and --gradio")
     if output and not input: raise UserError("--output needs --input: which rows are to be answered?")
     if input and not output: raise UserError("--input needs --output: where do the answers go?")
-    from tuneforge.all import Talk, load_finetuned, train_entries
+    from tuneforge.all import Talk, load_finetuned, misses_system, train_entries
     if gone := [f for f in (prompt_file,input) if f and not Path(f).is_file()]: raise UserError(f"no such file: {gone[0]}")
     model,tokenizer = load_finetuned(cfg, use)
     text = None if chat or input or gradio else _one_prompt(prompt_file)
@@ -145,6 +147,7 @@ def inference(
     talk = Talk(model, tokenizer, train_entries(cfg)[0], cfg, cfg.default_system_message)
     if gradio: return _page(talk, cfg)
     if input: return _answer_file(cfg, talk, base, input, output, batch_size, use)
+    if use!="base" and not talk.system and misses_system(Path(cfg.lora_model_dir or cfg.output_dir), talk.entry): print(_NO_SYSTEM, file=sys.stderr)
     if text is None: return _converse(talk, base)
     _answer_once(talk, base, text, context)
 
@@ -173,10 +176,10 @@ def _line():
     return line.rstrip("\n")
 
 def _answer_once(talk, base, text, context):
-    from tuneforge.all import ask, show_text, word_streamer
+    from tuneforge.all import ask, show_text, tell_empty, word_streamer
     if base is not None: return _show_both(base)(talk, text, None)
-    ask(talk.model, talk.tokenizer, talk.entry, text, context, sampling=talk.sampling, streamer=word_streamer(talk.tokenizer, show_text, talk.sampling.stop))
-    print()
+    said = ask(talk.model, talk.tokenizer, talk.entry, text, context, sampling=talk.sampling, streamer=word_streamer(talk.tokenizer, show_text, talk.sampling.stop))
+    print(), tell_empty([said])
 
 # %% ../nbs/60_cli.ipynb #666c2310
 def push(
