@@ -320,7 +320,7 @@ def test_special_tokens_in_texts_are_those_that_python_finds(rows):
 def test_special_tokens_in_texts_are_said_with_their_place(tmp_path, mixed):
     rows = [dict(instruction=f"Where is {i}?", output="There."+"</s>"*(i in (2, 4)), note="<s>", odd=1 if mixed and i%2 else "x") for i in range(6)]
     said = prep(tmp_path, [rows]).report.sources[0].hints
-    assert len(said)==1 and said[0].startswith("2 rows hold special tokens") and "x0.jsonl:3, " in said[0] and "x0.jsonl:5" in said[0]
+    assert len(said)==1 and said[0].startswith("2 rows with special tokens") and "x0.jsonl:3, " in said[0] and "x0.jsonl:5" in said[0]
     rows = [r|dict(output="There.") for r in rows]
     assert prep(tmp_path, [rows], name="y").report.sources[0].hints==[] # `note` is not read
 
@@ -337,7 +337,7 @@ def test_a_split_that_nobody_named_is_said(tmp_path, split, says):
 def test_special_tokens_are_counted_in_rows_that_are_taken(tmp_path):
     rows = [dict(instruction=f"Where is {i}?</s>", output="There.") for i in range(40)]
     report = prep(tmp_path, [rows], entries=[dict(max_rows=7)]).report.sources[0]
-    assert report.rows_used==7 and report.hints[0].startswith("7 rows hold special tokens")
+    assert report.rows_used==7 and report.hints[0].startswith("7 rows with special tokens")
 
 
 @pytest.mark.parametrize("change", ["added", "removed"])

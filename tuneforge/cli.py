@@ -13,7 +13,7 @@ __all__ = ['COMMANDS', 'preprocess', 'preview', 'train', 'merge_lora', 'evaluate
 import builtins,inspect,json,logging,os,shutil,sys
 from pathlib import Path
 from . import __version__
-from .document import ConfigError, UserError, nearest, this_rank
+from .document import ConfigError, UserError, counted, nearest, this_rank
 
 # %% ../nbs/60_cli.ipynb #247d9a21
 def preprocess(
@@ -60,7 +60,7 @@ def preview(
     if html and not Path(html).resolve().parent.is_dir(): raise UserError(f"there is no folder {Path(html).parent}")
     if html and json: raise UserError("give either --html or --json")
     p = look(cfg, load_tokenizer(cfg), row=row, filter=filter, n=random, max_odd=max_odd)
-    if html: Path(html).write_text(p.page(), encoding="utf-8"), print(f"{html}: {len(p.views)} samples")
+    if html: Path(html).write_text(p.page(), encoding="utf-8"), print(f"{html}: {counted(len(p.views), 'sample')}")
     elif json: print(p.as_json())
     else: Console().print(p)
 
@@ -120,7 +120,7 @@ def _answer_file(cfg, talk, base, input, output, batch_size, use):
     from tuneforge.talk import answer_file
     other = (lambda ids: generate(base, talk.tokenizer, ids, talk.sampling)) if base is not None else None
     new,old = answer_file(talk.model, talk.tokenizer, talk.entry, input, output, talk.sampling, batch_size, other, f"{use} of {cfg.lora_model_dir or cfg.output_dir}")
-    print(f"{output}: {new:,} rows answered"+(f", {old:,} were there already" if old else ""))
+    print(f"{output}: {counted(new, 'row')} answered"+(f", {old:,} were there already" if old else ""))
 
 # %% ../nbs/60_cli.ipynb #a0fa493a
 def inference(
@@ -236,7 +236,7 @@ def config_check(
     cfg = load_config(configs, overrides) # says its notes itself
     gone = absent_files(cfg)
     for place,path in gone: log.warning(f"{cfg.where(*place)}: there is no {path} on this machine")
-    print(f"{', '.join(configs)}: {len(cfg.explicit())} keys, nothing wrong{' but that' if gone else ''}")
+    print(f"{', '.join(configs)}: {counted(len(cfg.explicit()), 'key')}, nothing wrong{' but that' if gone else ''}")
 
 def config_show(
     configs:list, # files, merged from left to right

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 from .config import DataOptions, DatasetOptions, SourceOptions, UserError, log
-from .document import this_rank
+from .document import counted, this_rank
 from .derive import eval_length, prepared_folder
 from .mixing import MIX, SHUFFLE, again, copies, draw, draw_valid, fingerprints, take_rows, targets
 from .engines import Encoder, choose_encoder, verified
@@ -623,7 +623,7 @@ def _special_hint(entry, rows, taken, fmt, tokenizer):
     found = special_in_text(rows, fmt, tokenizer)
     if taken is not None: found = np.intersect1d(found, taken)
     at = ", ".join(row_places(entry, (found[:3]+1).tolist()))
-    return [f"{len(found):,} rows hold special tokens of the tokenizer in their own text, and there they act as such: {at}{' …' if len(found)>3 else ''}"]*(len(found)>0)
+    return [f"{counted(len(found), 'row')} with special tokens of the tokenizer in the text itself, where they act as such: {at}{' …' if len(found)>3 else ''}"]*(len(found)>0)
 
 # %% ../nbs/14_dataset.ipynb #986b59d2
 def _unused_format(spec, rows):
