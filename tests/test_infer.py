@@ -221,6 +221,8 @@ def test_the_faces_of_inference(home):
     assert code==0 and "prompt 1" in out, err
     assert ask("--use", "merged")==pipe
     assert "nothing to answer" in ask(stdin=" \n", code=2)
+    assert "no adapter folder: out/nosuch: train first, with `tuneforge train CONFIG.yml`" in ask("--output-dir", "out/nosuch", code=2)
+    assert "no adapter folder: nosuch: correct `lora_model_dir`" in ask("--lora-model-dir", "nosuch", code=2)
 
 
 def rows_of(people): return [dict(prompt=f"Where does {p} live?", id=i) for i, p in enumerate(people)]

@@ -35,7 +35,7 @@ def preprocess(
     if streams(cfg) and (why_miss or check_all_rows): raise UserError("a stream is read while it is trained: it is not prepared, and does not say where all its rows end")
     tokenizer = load_tokenizer(cfg)
     if why_miss: return print(why(cfg, tokenizer))
-    data = load_data(cfg, tokenizer)
+    data = load_data(cfg.model_copy(update=dict(dropped_rows_warn=cfg.dropped_rows_stop)), tokenizer) # the table says what is lost
     if debug or debug_text_only or cfg.debug: show_samples(data.train, tokenizer, debug_num_examples, cfg.seed, debug_text_only)
     for e in expand_entries(cfg.datasets) if check_all_rows else []:
         n,differ,_ = compare_prompts(e, cfg, tokenizer, None)
