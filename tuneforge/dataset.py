@@ -644,6 +644,11 @@ def _unnamed_split(entry, role):
     if role!="valid" or "split" in entry.model_fields_set or len(names := splits_of(entry))<2: return []
     return [f"`split` is not given, so the rows of `train` are evaluated on; there are {', '.join(names)}"]
 
+def _mostly_aside(report, size):
+    "Warn when most samples are held out: a number of rows may have been meant for a larger dataset"
+    if report.n_train<report.n_valid: log.warning(f"`val_set_size: {size:.15g}` leaves {counted(report.n_train, 'sample')} to train on, fewer than the {report.n_valid:,} to evaluate on")
+
+# %% ../nbs/14_dataset.ipynb #141ace01
 def _prepare(entry, number, opts, encoder, folder, role):
     "One entry, tokenised into `folder`, with its report"
     folder.mkdir(parents=True)
@@ -719,10 +724,6 @@ def _fetched(opts, part, name):
     else: shutil.rmtree(part), part.mkdir()
     (part/MANIFEST).unlink(missing_ok=True) # it is written anew when all is on the disk
     return there
-
-def _mostly_aside(report, size):
-    "Warn when most samples are held out: a number of rows may have been meant for a larger dataset"
-    if report.n_train<report.n_valid: log.warning(f"`val_set_size: {size:.15g}` leaves {counted(report.n_train, 'sample')} to train on, fewer than the {report.n_valid:,} to evaluate on")
 
 def _shared(opts, folder):
     "See to it that prepared data are on the hub; a run is not lost for that"

@@ -125,16 +125,18 @@ def _cells(s): # of one dataset's line
     share = "" if s.share is None else f"{s.share:.1%}"+(f" ({s.weight:.1%})" if s.weight is not None else "")
     return [s.path, f"{s.rows_in:,}", f"{s.rows_used:,}", f"{s.samples:,}", f"{s.valid:,}", f"{s.tokens:,}", f"{s.trained/max(s.tokens,1):.1%}", share]
 
+def _head(sources): return _COLUMNS if any(s.weight is not None for s in sources) else [*_COLUMNS[:-1], "share"]
+
 def _aligned(rows):
     "Lines of a table, as narrow as what is in it; the first column may be left out by an empty text"
     widths = [max(map(len, c)) for c in zip(*rows)]
-    return ["  ".join([f"{r[0]:<{widths[0]}}"]*bool(widths[0])+[f"{c:>{w}}" for c,w in zip(r[1:], widths[1:])]) for r in rows]
+    return ["  ".join([f"{r[0]:<{widths[0]}}"]*bool(widths[0])+[f"{c:>{w}}" for c,w in zip(r[1:], widths[1:])]).rstrip() for r in rows]
 
 def _lines(sources):
     "(head, lines of each dataset): a path that would make lines longer than 80 characters stands on a line of its own"
-    head,*lines = _aligned([_COLUMNS, *map(_cells, sources)])
+    head,*lines = _aligned([_head(sources), *map(_cells, sources)])
     if len(head)<=80: return head,[[l] for l in lines]
-    head,*lines = _aligned([["", *r[1:]] for r in (_COLUMNS, *map(_cells, sources))])
+    head,*lines = _aligned([["", *r[1:]] for r in (_head(sources), *map(_cells, sources))])
     return head,[[s.path, l] for s,l in zip(sources, lines)]
 
 # %% ../nbs/09_report.ipynb #2be97402
@@ -220,7 +222,7 @@ def _page(self:DataReport):
     plot_report(self).savefig(png, format="png", metadata=dict(Software=None))
     row = lambda cells,tag: "<tr>"+"".join(f"<{tag} style='text-align:{'left' if i==0 else 'right'}'>{escape(c)}</{tag}>" for i,c in enumerate(cells))+"</tr>"
     notes = "".join(f"<li><code>{escape(s.path)}</code>: {escape(n)}</li>" for s in self.sources for n in s.notes())
-    table = f"<table>{row(_COLUMNS, 'th')}{''.join(row(_cells(s), 'td') for s in self.sources)}</table>"
+    table = f"<table>{row(_head(self.sources), 'th')}{''.join(row(_cells(s), 'td') for s in self.sources)}</table>"
     return f"{table}<ul>{notes}</ul><p><b>{self.summary()}</b></p><img style='max-width:100%' src='data:image/png;base64,{b64encode(png.getvalue()).decode()}'>"
 
 DataReport._repr_html_ = _page

@@ -47,13 +47,14 @@ def _flat(parts, name=""):
 def _change(a, b):
     "How a value has changed; long ones from shortly before the place where they part"
     hashed = [isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v) is not None for v in (a, b)]
-    if all(hashed): return " has changed"
-    if any(hashed) and None in (a, b): return " is new" if a is None else " is gone"
+    if all(hashed): return ": changed"
+    if any(hashed) and None in (a, b): return ": new" if a is None else ": gone"
     a,b = ("not there" if v is None else repr(v) for v in (a, b))
     i = max(0, len(os.path.commonprefix([a, b]))-20)
     cut = lambda s: s if len(s)<=60 else "…"*(i>0)+s[i:i+60]+"…"*(len(s)>i+60)
     return f": {cut(a)} → {cut(b)}"
 
+# %% ../nbs/09_store.ipynb #f570e007
 def _told(diff, old, new, n=10):
     "The first differences; one word for those between datasets that share no file"
     files = lambda parts: {v for k,v in parts.items() if ": content " in k}
