@@ -242,7 +242,7 @@ def test_a_file_of_questions_goes_on(home, tmp_path):
         out.write_bytes(whole[:cut])
         code, said, err = shell(*args, cwd=home)
         there = whole[:cut].count(b"\n")
-        assert code==0 and f"{5-there} rows answered"+(f", {there} were there already" if there else "") in said, err
+        assert code==0 and f": {5-there} row{'s'*(5-there!=1)} answered"+(f", {there} were there already" if there else "") in said, err
         assert out.read_bytes()==whole
 
 

@@ -286,9 +286,9 @@ def test_a_place_that_cannot_be_written_is_said(home, place, says):
 def test_changes_can_be_read():
     h, k = digest("a"), digest("b")
     told = lambda old, new: changes(dict(x=old), dict(x=new))
-    assert [told(h, k), told(None, k), told(h, None), told(h, dict(a=1))]==[["x: changed"], ["x: new"], ["x: gone"], ["x: gone", "x.a: not there → 1"]]
-    assert told(dict(a=1, b=dict(c="d")), dict(a=1, b=dict(c="e", f=None)))==["x.b.c: 'd' → 'e'"] and told("alpaca", dict(a=1))==["x: 'alpaca' → not there", "x.a: not there → 1"]
-    assert told({}, None)==["x: {} → not there"]
+    assert [told(h, k), told(None, k), told(h, None), told(h, dict(a=1))]==[["x: changed"], ["x: new"], ["x: gone"], [f"x: '{h}' → a block with a"]]
+    assert told(dict(a=1, b=dict(c="d")), dict(a=1, b=dict(c="e", f=None)))==["x.b.c: 'd' → 'e'"] and told("alpaca", dict(a=1))==["x: 'alpaca' → a block with a"]
+    assert told({}, None)==["x: {} → not there"] and told({}, dict(a=None))==["x: {} → a block with a"] # whatever differs is told
     same = "You are a helpful assistant. "*9
     said, = told(same+"Be brief."+same, same+"Be kind."+same)
     assert "Be brief" in said and "Be kind" in said and len(said)<150 and said.count("…")==4

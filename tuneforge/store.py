@@ -37,19 +37,16 @@ def changes(
     new:dict, # parts
 ) -> list[str]: # one for each part that differs
     "What differs between the parts of two folders"
-    old,new = _flat(old),_flat(new)
-    return [f"{k}{_change(old.get(k), new.get(k))}" for k in sorted({*old, *new}) if old.get(k)!=new.get(k)]
-
-def _flat(parts, name=""):
-    "Parts, and instead of a block of keys each of its keys"
-    return {q: w for k,v in parts.items() for q,w in (_flat(v, f"{name}{k}.") if isinstance(v, dict) and v else {f"{name}{k}": v}).items()}
+    differ = [(k, old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k)!=new.get(k)]
+    inside = lambda k,a,b: [f"{k}.{c}" for c in changes(a, b)] if isinstance(a, dict) and isinstance(b, dict) else []
+    return [o for k,a,b in differ for o in inside(k, a, b) or [f"{k}{_change(a, b)}"]]
 
 def _change(a, b):
     "How a value has changed; long ones from shortly before the place where they part"
     hashed = [isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v) is not None for v in (a, b)]
     if all(hashed): return ": changed"
     if any(hashed) and None in (a, b): return ": new" if a is None else ": gone"
-    a,b = ("not there" if v is None else repr(v) for v in (a, b))
+    a,b = ("not there" if v is None else f"a block with {', '.join(v)}" if isinstance(v, dict) and v else repr(v) for v in (a, b))
     i = max(0, len(os.path.commonprefix([a, b]))-20)
     cut = lambda s: s if len(s)<=60 else "…"*(i>0)+s[i:i+60]+"…"*(len(s)>i+60)
     return f": {cut(a)} → {cut(b)}"
