@@ -128,7 +128,7 @@ def answers(home, trained):
     code, said = killed(home, *args, signum=signal.SIGKILL, when=lambda: out.is_file() and out.stat().st_size)
     assert code==-9, said
     there = out.read_bytes().count(b"\n")
-    assert 0<there<36 and f"{36-there} rows answered, {there} were there already" in say(home, *args)
+    assert 0<there<36 and f": {36-there} row{'s'*(there!=35)} answered, {there} were there already" in say(home, *args)
     return rows_of(out)
 
 

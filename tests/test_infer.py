@@ -1,5 +1,5 @@
 "Asking: alone and together, in a conversation, from files, on a page, and everything that may be asked wrongly"
-import json, os, re, signal, socket, subprocess, sys, threading, time
+import copy, json, os, re, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 import pytest, torch
 from tuneforge.all import *
@@ -113,10 +113,48 @@ def test_commands(tok, model, tmp_path):
     text = "".join(said)
     assert [t for r, t in talk.turns if r=="user"]==["Two?"] and talk.system=="Be brief."
     assert (talk.sampling.temperature, talk.sampling.stop, talk.sampling.top_p)==(0.5, ["END"], None)
-    for part in ("temperature: Input should be a valid number", "there is no command /nonsense", "/reset", "name a file", "cannot write to /nowhere/x"): assert part in text, part
+    for part in ("`temperature` is 'hot', but should be a number", "taken back: One?\n", "there is no command /nonsense", "/reset", "name a file", "cannot write to /nowhere/x"): assert part in text, part
     assert read_rows(f)==[talk.row()]
     converse(talk, script("/reset", KeyboardInterrupt()), said.append)
     assert not talk.turns and "no place for a system message" in command(Talk(model, tok, ALPACA), "/system x")
+
+
+def mute(model, tok):
+    "A model that ends each answer with its first token"
+    quiet = copy.deepcopy(model)
+    quiet.generate = lambda input_ids, **kw: torch.nn.functional.pad(input_ids, (0, 1), value=tok.eos_token_id)
+    return quiet
+
+
+def test_an_empty_answer_is_told_and_stays_in_the_conversation(tok, model, caplog, tmp_path):
+    talk, said = Talk(mute(model, tok), tok, CHAT), []
+    converse(talk, script("One?", "/history", "Two?", "/undo", "/history", "/undo", "/undo", "/system Be brief.", "/history"), said.append)
+    assert [r.getMessage() for r in caplog.records]==["(the model ended its answer at once)"]*2 and "ended" not in "".join(said)
+    one = "user: One?\nassistant: (empty)\n"
+    assert "".join(said)=="\n"+one+"\n"+"taken back: Two?\n"+one+"taken back: One?\nnothing was said yet\nthe model is told: Be brief.\nsystem: Be brief.\n\n"
+    write_jsonl(tmp_path/"in.jsonl", rows_of(["Bagol", "Tamsin", "Bagol"]))
+    caplog.clear()
+    answer_file(talk.model, tok, CHAT, tmp_path/"in.jsonl", tmp_path/"o.jsonl", batch_size=2)
+    assert [r.getMessage() for r in caplog.records]==["empty answers, which the model ended at once: 3 of 3"]
+
+
+def test_an_answer_that_is_stopped_before_its_first_word_is_not_told(tok, model, caplog):
+    quiet = mute(model, tok)
+    def stopped(**kw): signal.raise_signal(signal.SIGINT); return type(quiet).generate(model, **kw)
+    quiet.generate = stopped
+    converse(talk := Talk(quiet, tok, CHAT), script("One?"), [].append)
+    assert len(talk.turns)==2 and not caplog.records
+
+
+def test_a_missing_system_message_is_told(home, tmp_path):
+    system = dict(role="system", content="You know the village.")
+    rows = [dict(messages=[system, *r["messages"]]) for r in map(json.loads, (home/"train.jsonl").read_text().splitlines())]
+    golden = json.loads((home/"out"/"golden_prompts.json").read_text())
+    assert not misses_system(home/"out", CHAT)
+    for key, row in (("messages", rows[0]), ("conversations", dict(conversations=[{"from": "system", "value": "x"}]))):
+        (tmp_path/"golden_prompts.json").write_text(json.dumps([dict(golden[0], row=row)]))
+        assert misses_system(tmp_path, CHAT) and not misses_system(tmp_path, ALPACA)
+    assert not misses_system(tmp_path, CHAT.model_copy(update=dict(default_system_message="x"))) and not misses_system(tmp_path/"gone", CHAT)
 
 
 def test_a_conversation_that_is_too_long_goes_on(tok, model):
@@ -183,6 +221,8 @@ def test_the_faces_of_inference(home):
     assert code==0 and "prompt 1" in out, err
     assert ask("--use", "merged")==pipe
     assert "nothing to answer" in ask(stdin=" \n", code=2)
+    assert "no adapter folder: out/nosuch: train first, with `tuneforge train CONFIG.yml`" in ask("--output-dir", "out/nosuch", code=2)
+    assert "no adapter folder: nosuch: correct `lora_model_dir`" in ask("--lora-model-dir", "nosuch", code=2)
 
 
 def rows_of(people): return [dict(prompt=f"Where does {p} live?", id=i) for i, p in enumerate(people)]
@@ -202,7 +242,7 @@ def test_a_file_of_questions_goes_on(home, tmp_path):
         out.write_bytes(whole[:cut])
         code, said, err = shell(*args, cwd=home)
         there = whole[:cut].count(b"\n")
-        assert code==0 and f"{5-there} rows answered"+(f", {there} were there already" if there else "") in said, err
+        assert code==0 and f": {5-there} row{'s'*(5-there!=1)} answered"+(f", {there} were there already" if there else "") in said, err
         assert out.read_bytes()==whole
 
 

@@ -232,7 +232,17 @@ def test_steps_are_exact(lengths, epochs, limit, world, acc, micro, packing):
     assert steps==min(want, limit or want)
     drawn = [len([b for p in plans for b in p.batches(r)])//acc for r in range(world)]
     assert len(set(drawn))==1 and drawn[0]>=steps
-    assert len(RunPlan(plans, steps).step_tokens)==steps and f"{steps:,} steps" in repr(RunPlan(plans, steps))
+    assert len(RunPlan(plans, steps).step_tokens)==steps and repr(RunPlan(plans, steps)).startswith("1 step (" if steps==1 else f"{steps:,} steps (")
+
+
+def test_plans_are_told_in_words():
+    "Without packing a bin is a row: 54 of them leave 2 of 7 steps of 8 empty"
+    several = "7 steps of 1×2×4 (ranks × accumulation × rows)"
+    plan = plan_epoch([5]*54, 64, 4, accumulation=2, way="single")
+    assert repr(plan)=="54 samples, one to a row, and 2 empty rows to fill the last step; "+several and sum(not b for batch in plan.batches() for b in batch)==2
+    assert repr(RunPlan([plan, plan], 14))==several.replace("7 steps", "14 steps (2 epochs of 7)")+"; 54 samples, one to a row, and 2 empty rows to fill the last step"
+    assert "1 empty row to" in repr(plan_epoch([5]*3, 64, 4, way="single")) and "empty" not in repr(plan_epoch([5]*4, 64, 4, way="single"))
+    assert repr(plan_epoch([64], 64))=="1 sample in 1 bin, 100.00% full; 1 step of 1×1×1 (ranks × accumulation × rows)"
 
 
 def test_max_steps_alone_decides():

@@ -1,5 +1,5 @@
 "What becomes of rows: every strategy against plain Python, and a report that adds up whatever is chosen"
-import json, re
+import io, json, re
 from collections import Counter
 import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -7,9 +7,10 @@ from tuneforge.config import DataOptions, DatasetOptions, TokenizerOptions, User
 from tuneforge.dataset import prepare_data, rows_matching, sample_lengths
 from tuneforge.prompts import FORMATS, from_function, register
 from tuneforge.mixing import MIX, copies, draw, draw_valid, fingerprints, again, take_rows, targets
-from tuneforge.report import LOST, REASONS, SourceReport, load_report, plot_report, save_report, length_counts, EDGES
+from tuneforge.report import LOST, REASONS, DataReport, SourceReport, load_report, plot_report, save_report, length_counts, EDGES
 from tuneforge.tokens import IGNORE, encode_rows, load_tokenizer
-from tests.tools import write_jsonl
+from rich.console import Console
+from tests.tools import command, write_jsonl
 
 TOK = load_tokenizer(TokenizerOptions(base_model="tiny:llama"))
 HUGE = 10**6
@@ -146,6 +147,55 @@ def test_warnings_have_a_threshold(tmp_path, caplog):
     caplog.clear()
     prep(tmp_path, [rows], sequence_len=150, dropped_rows_warn=0.1)
     assert "lost" not in caplog.text
+
+
+def test_rows_that_are_no_good_are_told_once(tmp_path):
+    rows = LONG[1:2]*8+[dict(instruction="q"), dict(instruction=3, output="x")]
+    report = prep(tmp_path, [rows], on_bad_row="skip", dropped_rows_warn=1).report
+    for said in (str(report), report._repr_html_()): assert said.count("x0.jsonl:9")==said.count("x0.jsonl:10")==said.count("2 no good")==1
+    write_jsonl(tmp_path/"d.jsonl", rows)
+    (tmp_path/"c.yml").write_text("base_model: tiny:llama\ndatasets:\n  - path: d.jsonl\n    type: alpaca\non_bad_row: skip\nlearning_rate: 1e-3\nnum_epochs: 1\nsequence_len: 512\n")
+    code, out, err = command("preprocess", "c.yml", cwd=tmp_path)
+    assert code==0 and out.count("d.jsonl:9: ")==1 and "d.jsonl:9" not in err and out.endswith(": prepared now\n"), err
+    code, out, err = command("preprocess", "c.yml", "--dropped-rows-stop", "0.1", cwd=tmp_path)
+    assert code==2 and "2 of 10 rows are lost (20%), more than `dropped_rows_stop: 0.1` allows" in err
+
+
+def test_roles_that_nobody_has_are_told(tmp_path):
+    rows = [dict(messages=[dict(role="user", content=f"q{i}"), dict(role="assistant", content="a")]) for i in range(9)]
+    go = lambda role: prep(tmp_path, [rows], entries=[dict(type="chat_template", roles_to_train=[role])])
+    with pytest.raises(UserError) as e: go("bot")
+    assert "nothing is left" in str(e.value) and "`roles_to_train: [bot]` trains nothing in the rows that were looked at: their roles are assistant, user\n" in str(e.value)
+    assert not go("assistant").report.sources[0].hints
+
+
+def test_the_report_fits_a_terminal_and_loses_nothing():
+    long, short = "/home/somebody/data/projects/village/questions-2026.jsonl", "d.jsonl"
+    source = lambda path: SourceReport(path, rows_in=123456, rows_used=123400, samples=223400, valid=12345, tokens=123456789, trained=99999999, weight=.5, share=.5)
+    report = DataReport([source(long), source(short)], 2, 1)
+    lines = str(report).splitlines()
+    assert max(map(len, lines))<=80 and lines[1::2]==[long, short, "2 to train on, 1 to evaluate on"] and len({len(l) for l in (lines[0], lines[2], lines[4])})==1
+    assert lines[2].split()==["123,456", "123,400", "223,400", "12,345", "123,456,789", "81.0%", "50.0%", "(50.0%)"]
+    narrow = str(DataReport([SourceReport(short, rows_in=10)], 2, 1)).splitlines()
+    assert narrow[0].split()[0]=="dataset" and narrow[1].split()[:2]==[short, "10"] and max(map(len, narrow))<=80
+    with io.StringIO() as f:
+        Console(file=f, width=80).print(report)
+        assert [l.rstrip() for l in f.getvalue().splitlines()]==[l.rstrip() for l in lines]
+
+
+@pytest.mark.parametrize("size, says", [(5000, "`val_set_size: 5000` of 8 rows leaves nothing"), (8.0, "`val_set_size: 8` of 8 rows"), (7, None)])
+def test_a_split_that_leaves_little_is_told(tmp_path, caplog, size, says):
+    if says:
+        with pytest.raises(UserError) as e: prep(tmp_path, [LONG[1:2]*8], val_set_size=size)
+        assert says in str(e.value) and "below 8" in str(e.value)
+    else:
+        for _ in range(2): # made, and found
+            caplog.clear()
+            prep(tmp_path, [LONG[1:2]*8], val_set_size=size)
+            assert [r.getMessage() for r in caplog.records]==["`val_set_size: 7` leaves 1 sample to train on, fewer than the 7 to evaluate on"]
+        caplog.clear()
+        prep(tmp_path, [LONG[1:2]*8], val_set_size=4)
+        assert not caplog.records
 
 
 def test_what_was_asked_for_is_not_lost(tmp_path, caplog):
@@ -301,7 +351,7 @@ def test_data_that_change_while_they_are_read_are_not_kept(tmp_path):
         return from_function(text, opts, tokenizer)
     opts = DataOptions(datasets=[DatasetOptions(path=str(path), type="meddling")], dataset_prepared_path=str(tmp_path/"prepared"))
     try:
-        with pytest.raises(UserError, match="content 1: changed while the rows were read"): prepare_data(opts, TOK)
+        with pytest.raises(UserError, match="content of file 1: changed while the rows were read"): prepare_data(opts, TOK)
         assert not list((tmp_path/"prepared").glob("*/*"))
         assert len(prepare_data(opts, TOK).train)==len(rows)+1
     finally: del FORMATS["meddling"]
@@ -320,7 +370,7 @@ def test_special_tokens_in_texts_are_those_that_python_finds(rows):
 def test_special_tokens_in_texts_are_said_with_their_place(tmp_path, mixed):
     rows = [dict(instruction=f"Where is {i}?", output="There."+"</s>"*(i in (2, 4)), note="<s>", odd=1 if mixed and i%2 else "x") for i in range(6)]
     said = prep(tmp_path, [rows]).report.sources[0].hints
-    assert len(said)==1 and said[0].startswith("2 rows hold special tokens") and "x0.jsonl:3, " in said[0] and "x0.jsonl:5" in said[0]
+    assert len(said)==1 and said[0].startswith("2 rows with special tokens") and "x0.jsonl:3, " in said[0] and "x0.jsonl:5" in said[0]
     rows = [r|dict(output="There.") for r in rows]
     assert prep(tmp_path, [rows], name="y").report.sources[0].hints==[] # `note` is not read
 
@@ -337,7 +387,7 @@ def test_a_split_that_nobody_named_is_said(tmp_path, split, says):
 def test_special_tokens_are_counted_in_rows_that_are_taken(tmp_path):
     rows = [dict(instruction=f"Where is {i}?</s>", output="There.") for i in range(40)]
     report = prep(tmp_path, [rows], entries=[dict(max_rows=7)]).report.sources[0]
-    assert report.rows_used==7 and report.hints[0].startswith("7 rows hold special tokens")
+    assert report.rows_used==7 and report.hints[0].startswith("7 rows with special tokens")
 
 
 @pytest.mark.parametrize("change", ["added", "removed"])
@@ -354,5 +404,5 @@ def test_a_folder_that_changes_while_it_is_read_is_not_kept(tmp_path, change):
         return from_function(text, opts, tokenizer)
     opts = DataOptions(datasets=[DatasetOptions(path=str(folder), type="meddling")], dataset_prepared_path=str(tmp_path/"prepared"))
     try:
-        with pytest.raises(UserError, match="content [23]: changed while the rows were read"): prepare_data(opts, TOK)
+        with pytest.raises(UserError, match="content of file [23]: changed while the rows were read"): prepare_data(opts, TOK)
     finally: del FORMATS["meddling"]

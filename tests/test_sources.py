@@ -116,6 +116,9 @@ def test_rows_of_a_notebook(tmp_path):
     assert rows_of(entry(keep_rows(ROWS)))==ROWS and rows_of(entry(keep_rows(ds)))==ROWS[2:]
     assert keep_rows(ROWS)==keep_rows(list(ROWS))!=keep_rows(ROWS[1:])
     assert keep_rows(ds)==keep_rows(Dataset.from_list(ROWS[2:]))
+    for none in ([], ds.select([])):
+        with pytest.raises(UserError, match="no rows to keep"): keep_rows(none)
+    assert keep_rows(r for r in ROWS)==keep_rows(ROWS)
     cfg = load_config(dict(base_model="tiny:llama", learning_rate=1e-4, datasets=[dict(path=keep_rows(ROWS, "village"), type="alpaca")]))
     assert load_rows(cfg.datasets[0]).to_list()==ROWS and Path(row_places(cfg.datasets[0], [3])[0]).name.startswith("village-")
     for bad, says in (([dict(a=1), 5], "row 2 is no dict, but int"), ([dict(a={1, 2})], "row 1 cannot be kept as JSON")):

@@ -88,7 +88,7 @@ def test_moved_files_are_a_hit(home):
 def test_tokenizers_count_by_what_they_do(home):
     tok = load_tokenizer(TokenizerOptions(base_model="tiny:llama", special_tokens=dict(pad_token="<filler>")))
     opts = Config(**BASE)
-    assert changes(key_parts(opts, TOK), key_parts(opts, tok))==["special tokens", "tokenizer"]
+    assert changes(key_parts(opts, TOK), key_parts(opts, tok))==["special tokens: changed", "tokenizer: changed"]
     tok = load_tokenizer(TokenizerOptions(base_model="tiny:llama"))
     tok("a"*99, truncation=True, max_length=5, padding="max_length") # which changes the state of its backend
     assert data_key(opts, tok)==data_key(opts, TOK)
@@ -107,7 +107,7 @@ def test_why_miss_names_the_part(home):
     assert "prepared, and will be used" in ask()
     prepare_data(Config(**BASE | dict(sequence_len=300, min_sample_len=3)), TOK) # a less similar one, and newer
     edit("a.jsonl", "3", "4")
-    assert [l.strip() for l in ask().splitlines()[1:]]==["datasets[0]: content 1", "datasets[2]: content 1"]
+    assert [l.strip() for l in ask().splitlines()[1:]]==["datasets[0]: content of file 1: changed", "datasets[2]: content of file 1: changed"]
     edit("a.jsonl", "4", "3")
     (home/"c.yml").write_text(json.dumps(BASE | dict(sequence_len=200)))
     said = tuneforge("preprocess", "c.yml", "--why-miss", cwd=home).stdout
@@ -281,6 +281,22 @@ def test_a_place_that_cannot_be_written_is_said(home, place, says):
     opts = DataOptions(datasets=[DatasetOptions(path="a.jsonl")], dataset_prepared_path=place)
     with pytest.raises(UserError) as e: prepare_data(opts, TOK)
     assert f"`dataset_prepared_path`: cannot write to {place}: {says}" in str(e.value) and "Name a folder" in str(e.value)
+
+
+def test_changes_can_be_read():
+    h, k = digest("a"), digest("b")
+    told = lambda old, new: changes(dict(x=old), dict(x=new))
+    assert [told(h, k), told(None, k), told(h, None), told(h, dict(a=1))]==[["x: changed"], ["x: new"], ["x: gone"], [f"x: '{h}' → a block with a"]]
+    assert told(dict(a=1, b=dict(c="d")), dict(a=1, b=dict(c="e", f=None)))==["x.b.c: 'd' → 'e'"] and told("alpaca", dict(a=1))==["x: 'alpaca' → a block with a"]
+    assert told({}, None)==["x: {} → not there"] and told({}, dict(a=None))==["x: {} → a block with a"] # whatever differs is told
+    same = "You are a helpful assistant. "*9
+    said, = told(same+"Be brief."+same, same+"Be kind."+same)
+    assert "Be brief" in said and "Be kind" in said and len(said)<150 and said.count("…")==4
+    assert told("a"*70, "b")==[f"x: '{'a'*59}… → 'b'"]
+
+
+def test_nothing_is_compared_unasked(home):
+    assert [prepare_data(Config(**BASE | kw), TOK).why for kw in ({}, dict(sequence_len=300))]==["prepared now"]*2
 
 
 def test_a_long_list_of_changes_is_cut(home):

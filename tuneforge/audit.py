@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 import numpy as np
 from .config import DataOptions, UserError
+from .document import counted
 from .dataset import REASONS, drop_reason, expand_entries, row_places, walk
 from .inspect import TokenView
 from .tokens import IGNORE
@@ -62,7 +63,7 @@ class Audit:
         return {"samples": len(s), "tokens": int(s.tokens.sum()), "trained": int(s.trained.sum()), "longest": int(s.tokens.max()) if len(s) else 0} | {ODD[w]: n(w) for w in ODD if n(w)}
     def __repr__(self):
         d = self.summary()
-        head = f"{d['samples']:,} samples, {d['tokens']:,} tokens, {d['trained']/max(1, d['tokens']):.1%} trained, longest {d['longest']:,}"
+        head = f"{counted(d['samples'], 'sample')}, {counted(d['tokens'], 'token')}, {d['trained']/max(1, d['tokens']):.1%} trained, longest {d['longest']:,}"
         odd = [f"  {v:,} {k}" for k,v in list(d.items())[4:]]
         return "\n".join([head, *odd, "", self.roles.to_string(), *["", self.turns.head(6).to_string()]*(len(self.turns)>1)])
 
@@ -226,7 +227,7 @@ class SampleBrowser:
         rows = self.report.odd() if self.odd.value else self.report.samples
         try: self.rows,bad = (rows.loc[rows.index.intersection(filtered(self.report, self.filter.value).index)] if self.filter.value else rows),""
         except UserError as e: self.rows,bad = rows,f"<span style='color:#cf222e'>{escape(str(e))}</span>"
-        self.said.value = bad or f"{len(self.rows):,} samples"
+        self.said.value = bad or counted(len(self.rows), "sample")
         self.index.max = max(0, len(self.rows)-1)
         self.index.value = min(self.index.value, self.index.max)
         self._show()

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from .adapters import BASE_FILE
 from .config import Config, log
+from .document import counted
 from .dataset import train_entries
 from .folder import write_text
 from .prompts import prompt_format
@@ -104,8 +105,8 @@ def _data(run):
         for s in run["data"].get("sources", [])]
     if not rows: return ""
     n = run["data"]
-    held = f", {n['n_valid']:,} were held out to evaluate on" if n["n_valid"] else ""
-    return f"## Data\n\n{_table(rows, 'data set', 'rows used', 'samples', 'tokens', 'trained', 'masked')}\n\n{n['n_train']:,} samples were trained on{held}. *Trained* tokens carry loss; *masked* ones, such as those of prompts, are only read.\n"
+    held = f"; {n['n_valid']:,} held out to evaluate on" if n["n_valid"] else ""
+    return f"## Data\n\n{_table(rows, 'data set', 'rows used', 'samples', 'tokens', 'trained', 'masked')}\n\nTrained on {counted(n['n_train'], 'sample')}{held}. *Trained* tokens carry loss; *masked* ones, such as those of prompts, are only read.\n"
 
 def _kind(cfg):
     "What was trained, in words"
@@ -123,7 +124,7 @@ def _training(run):
     "How it was trained"
     cfg,m,git = run["config"],run["metrics"],run.get("git")
     epochs = f" ({m['steps']/run['steps_per_epoch']:.3g} times through the data)" if run.get("steps_per_epoch") else ""
-    rows = [("method", _kind(cfg)), ("steps", f"{m['steps']:,}{epochs}, {run['rows_per_step']:,} rows each"), ("tokens seen", f"{m['tokens']:,}")]
+    rows = [("method", _kind(cfg)), ("steps", f"{m['steps']:,}{epochs}, {counted(run['rows_per_step'], 'row')} each"), ("tokens seen", f"{m['tokens']:,}")]
     if "seconds" in m: rows.append(("time", f"{_long(m['seconds'])} ({m['tokens']/max(m['seconds'],1e-9):,.0f} tokens/s)"))
     rows += [("learning rate", f"{cfg['learning_rate']:g}, {cfg['lr_scheduler']}"), ("optimizer", cfg["optimizer"]), ("longest sample", f"{cfg['sequence_len']:,} tokens"+(", several packed into a row" if cfg["sample_packing"] else "")), ("seed", cfg["seed"])]
     rows += [("hardware", in_words(run["hardware"])), ("software", ", ".join(f"{k} {run['versions'][k]}" for k in ("tuneforge","transformers","torch","peft") if k in run["versions"]))]

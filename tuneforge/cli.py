@@ -13,7 +13,7 @@ __all__ = ['COMMANDS', 'preprocess', 'preview', 'train', 'merge_lora', 'evaluate
 import builtins,inspect,json,logging,os,shutil,sys
 from pathlib import Path
 from . import __version__
-from .document import ConfigError, UserError, nearest, this_rank
+from .document import ConfigError, UserError, counted, nearest, this_rank
 
 # %% ../nbs/60_cli.ipynb #247d9a21
 def preprocess(
@@ -35,7 +35,7 @@ def preprocess(
     if streams(cfg) and (why_miss or check_all_rows): raise UserError("a stream is read while it is trained: it is not prepared, and does not say where all its rows end")
     tokenizer = load_tokenizer(cfg)
     if why_miss: return print(why(cfg, tokenizer))
-    data = load_data(cfg, tokenizer)
+    data = load_data(cfg.model_copy(update=dict(dropped_rows_warn=cfg.dropped_rows_stop)), tokenizer) # the table says what is lost
     if debug or debug_text_only or cfg.debug: show_samples(data.train, tokenizer, debug_num_examples, cfg.seed, debug_text_only)
     for e in expand_entries(cfg.datasets) if check_all_rows else []:
         n,differ,_ = compare_prompts(e, cfg, tokenizer, None)
@@ -60,7 +60,7 @@ def preview(
     if html and not Path(html).resolve().parent.is_dir(): raise UserError(f"there is no folder {Path(html).parent}")
     if html and json: raise UserError("give either --html or --json")
     p = look(cfg, load_tokenizer(cfg), row=row, filter=filter, n=random, max_odd=max_odd)
-    if html: Path(html).write_text(p.page(), encoding="utf-8"), print(f"{html}: {len(p.views)} samples")
+    if html: Path(html).write_text(p.page(), encoding="utf-8"), print(f"{html}: {counted(len(p.views), 'sample')}")
     elif json: print(p.as_json())
     else: Console().print(p)
 
@@ -108,6 +108,8 @@ def evaluate(
     else: print(scores)
 
 # %% ../nbs/60_cli.ipynb #cc06872c
+_NO_SYSTEM = "(the training began with a system message, and there is none here: give --default-system-message TEXT, or /system TEXT in a conversation)"
+
 def _one_prompt(prompt_file):
     "The prompt from a file or a pipe; None: a person is there"
     if prompt_file: text = Path(prompt_file).read_text(encoding="utf-8")
@@ -121,7 +123,7 @@ def _answer_file(cfg, talk, base, input, output, batch_size, use):
     from tuneforge.talk import answer_file
     other = (lambda ids: generate(base, talk.tokenizer, ids, talk.sampling)) if base is not None else None
     new,old = answer_file(talk.model, talk.tokenizer, talk.entry, input, output, talk.sampling, batch_size, other, f"{use} of {cfg.lora_model_dir or cfg.output_dir}")
-    print(f"{output}: {new:,} rows answered"+(f", {old:,} were there already" if old else ""))
+    print(f"{output}: {counted(new, 'row')} answered"+(f", {old:,} were there already" if old else ""))
 
 # %% ../nbs/60_cli.ipynb #a0fa493a
 def inference(
@@ -140,7 +142,7 @@ def inference(
     if sum(map(bool, (chat, prompt_file, input, gradio)))>1: raise UserError("give only one of --chat, --prompt-file, --input and --gradio")
     if output and not input: raise UserError("--output needs --input: which rows are to be answered?")
     if input and not output: raise UserError("--input needs --output: where do the answers go?")
-    from tuneforge.all import Talk, load_finetuned, train_entries
+    from tuneforge.all import Talk, load_finetuned, misses_system, train_entries
     if gone := [f for f in (prompt_file,input) if f and not Path(f).is_file()]: raise UserError(f"no such file: {gone[0]}")
     model,tokenizer = load_finetuned(cfg, use)
     text = None if chat or input or gradio else _one_prompt(prompt_file)
@@ -148,6 +150,7 @@ def inference(
     talk = Talk(model, tokenizer, train_entries(cfg)[0], cfg, cfg.default_system_message)
     if gradio: return _page(talk, cfg)
     if input: return _answer_file(cfg, talk, base, input, output, batch_size, use)
+    if use!="base" and not talk.system and misses_system(Path(cfg.lora_model_dir or cfg.output_dir), talk.entry): print(_NO_SYSTEM, file=sys.stderr)
     if text is None: return _converse(talk, base)
     _answer_once(talk, base, text, context)
 
@@ -176,10 +179,10 @@ def _line():
     return line.rstrip("\n")
 
 def _answer_once(talk, base, text, context):
-    from tuneforge.all import ask, show_text, word_streamer
+    from tuneforge.all import ask, show_text, tell_empty, word_streamer
     if base is not None: return _show_both(base)(talk, text, None)
-    ask(talk.model, talk.tokenizer, talk.entry, text, context, sampling=talk.sampling, streamer=word_streamer(talk.tokenizer, show_text, talk.sampling.stop))
-    print()
+    said = ask(talk.model, talk.tokenizer, talk.entry, text, context, sampling=talk.sampling, streamer=word_streamer(talk.tokenizer, show_text, talk.sampling.stop))
+    print(), tell_empty([said])
 
 # %% ../nbs/60_cli.ipynb #666c2310
 def push(
@@ -236,7 +239,7 @@ def config_check(
     cfg = load_config(configs, overrides) # says its notes itself
     gone = absent_files(cfg)+absent_folders(cfg)
     for place,path in gone: log.warning(f"{cfg.where(*place)}: there is no {path} on this machine")
-    print(f"{', '.join(configs)}: {len(cfg.explicit())} keys, nothing wrong{' but that' if gone else ''}")
+    print(f"{', '.join(configs)}: {counted(len(cfg.explicit()), 'key')}, nothing wrong{' but that' if gone else ''}")
 
 def config_show(
     configs:list, # files, merged from left to right

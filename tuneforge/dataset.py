@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 from .config import DataOptions, DatasetOptions, SourceOptions, UserError, log
-from .document import this_rank
+from .document import counted, this_rank
 from .derive import eval_length, prepared_folder
 from .mixing import MIX, SHUFFLE, again, copies, draw, draw_valid, fingerprints, take_rows, targets
 from .engines import Encoder, choose_encoder, verified
@@ -466,7 +466,7 @@ def content_parts(
     name:str, # `datasets[0]`
 ) -> dict: # name of a part -> hash
     "What is in the files of an entry"
-    return {f"{name}: content {i+1}": digest(c) for i,c in enumerate(fingerprint(entry))}
+    return {f"{name}: content of file {i+1}": digest(c) for i,c in enumerate(fingerprint(entry))}
 
 def entry_parts(
     entry:DatasetOptions, # complete by itself
@@ -623,7 +623,7 @@ def _special_hint(entry, rows, taken, fmt, tokenizer):
     found = special_in_text(rows, fmt, tokenizer)
     if taken is not None: found = np.intersect1d(found, taken)
     at = ", ".join(row_places(entry, (found[:3]+1).tolist()))
-    return [f"{len(found):,} rows hold special tokens of the tokenizer in their own text, and there they act as such: {at}{' …' if len(found)>3 else ''}"]*(len(found)>0)
+    return [f"{counted(len(found), 'row')} with special tokens of the tokenizer in the text itself, where they act as such: {at}{' …' if len(found)>3 else ''}"]*(len(found)>0)
 
 # %% ../nbs/14_dataset.ipynb #986b59d2
 def _unused_format(spec, rows):
@@ -633,11 +633,22 @@ def _unused_format(spec, rows):
         if any(r.get(spec.field_input) for r in as_rows(rows[a:a+1000])[0]): return []
     return [f"no row has `{spec.field_input}`, so `type.format` is used for none of them: their prompt is {bare!r}. Give `no_input_format`, or `field_input` if the column has another name"]
 
+def _no_such_role(entry, roles):
+    "What to say of `roles_to_train` where none of them is anybody's"
+    there = [r for r in roles if not r.startswith("(")] # the rest is of the template
+    if not entry.roles_to_train or not there or any(trained for _,trained in roles.values()): return []
+    return [f"`roles_to_train: [{', '.join(entry.roles_to_train)}]` trains nothing in the rows that were looked at: their roles are {', '.join(there)}"]
+
 def _unnamed_split(entry, role):
     "What to say where rows to evaluate on are those of `train` only because nobody said which"
     if role!="valid" or "split" in entry.model_fields_set or len(names := splits_of(entry))<2: return []
     return [f"`split` is not given, so the rows of `train` are evaluated on; there are {', '.join(names)}"]
 
+def _mostly_aside(report, size):
+    "Warn when most samples are held out: a number of rows may have been meant for a larger dataset"
+    if report.n_train<report.n_valid: log.warning(f"`val_set_size: {size:.15g}` leaves {counted(report.n_train, 'sample')} to train on, fewer than the {report.n_valid:,} to evaluate on")
+
+# %% ../nbs/14_dataset.ipynb #141ace01
 def _prepare(entry, number, opts, encoder, folder, role):
     "One entry, tokenised into `folder`, with its report"
     folder.mkdir(parents=True)
@@ -650,6 +661,7 @@ def _prepare(entry, number, opts, encoder, folder, role):
     part = Part.of(entry, prepare_source(entry, rows, fmt, opts, encoder, folder, taken), report)
     report.bad = list_bad(part, rows, folder.parent/"quarantine.jsonl" if opts.on_bad_row=="quarantine" else None)
     golden = _compare(entry, rows, fmt, opts, tokenizer, report)
+    report.hints += _no_such_role(entry, report.roles)
     if report.disagree: log.warning(f"{entry.path}: in {len(report.disagree)} of {report.compared} rows that were compared, inference and training differ: {report.disagree[0]}")
     describe_part(part)
     check_losses(report, opts)
@@ -757,5 +769,6 @@ def prepare_data(
     if opts.push_dataset_to_hub and this_rank()==0: _shared(opts, folder)
     data = load_prepared(folder, why)
     for s in data.report.sources if not made else []: check_losses(s, opts) # the thresholds may be others by now
+    if opts.val_set_size and not opts.test_datasets: _mostly_aside(data.report, opts.val_set_size)
     if (folder/"quarantine.jsonl").is_file(): log.warning(f"rows that are no good were written to {folder/'quarantine.jsonl'}")
     return data

@@ -11,6 +11,7 @@ __all__ = ['TAKE', 'SHUFFLE', 'MIX', 'draw', 'take_rows', 'targets', 'copies', '
 import hashlib,math
 import numpy as np
 from .config import UserError
+from .document import counted
 
 # %% ../nbs/09_mixing.ipynb #eda4a6fa
 TAKE,SHUFFLE,MIX = 1,2,3 # what a draw is for
@@ -87,6 +88,6 @@ def draw_valid(
 ) -> tuple: # (indices to train on, indices to evaluate on), both ascending
     "Split rows at random. Raises `UserError` when one side would be empty."
     n_valid = int(size) if size>1 else math.ceil(n*size)
-    if size and not 0<n_valid<n: raise UserError(f"`val_set_size: {size}` of {n} samples leaves nothing on one side")
+    if size and not 0<n_valid<n: raise UserError(f"`val_set_size: {size:.15g}` of {counted(n, 'row')} leaves nothing on one side: give a share such as 0.05, or a number of rows below {n:,}")
     order = np.random.default_rng(seed).permutation(n)
     return np.sort(order[n_valid:]),np.sort(order[:n_valid])

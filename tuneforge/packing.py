@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from types import FunctionType
 import numpy as np
 from .config import PackingOptions, UserError
+from .document import counted
 from .dataset import sample_lengths
 from .derive import accumulation, eval_rows, packs_evaluation
 from .tokens import IGNORE
@@ -257,9 +258,15 @@ class PackPlan:
         "The micro-batches of a rank, in order"
         rows = self.order[:,rank].reshape(-1, self.order.shape[-1])[start:]
         return ([self.bin(i) for i in row] for row in rows)
-    def __repr__(self):
-        full = f", {self.efficiency:.2%} full" if self.capacity else ""
-        return f"{len(self.sample_ids):,} samples in {len(self.bin_offsets)-1:,} bins{full}; {self.steps:,} steps of {'×'.join(map(str, self.order.shape[1:]))} (ranks × accumulation × rows)"
+    @property
+    def contents(self): # of an epoch, for a person
+        samples,bins = counted(len(self.sample_ids), "sample"),len(self.bin_offsets)-1
+        if self.capacity: return f"{samples} in {counted(bins, 'bin')}, {self.efficiency:.2%} full"
+        empty = bins-len(self.sample_ids) # without packing, a bin is a sample, or fills the last step
+        return f"{samples}, one to a row"+f", and {counted(empty, 'empty row')} to fill the last step"*(empty>0)
+    @property
+    def shape(self): return f"{'×'.join(map(str, self.order.shape[1:]))} (ranks × accumulation × rows)" # of a step, for a person
+    def __repr__(self): return f"{self.contents}; {counted(self.steps, 'step')} of {self.shape}"
 
 # %% ../nbs/15_packing.ipynb #d5a1c0e7
 def deal_steps(
@@ -359,10 +366,8 @@ class RunPlan:
     def tokens_until(self, step): return int(self._total[step]) # in the steps before
     def __repr__(self):
         per,first = self.plans[0].steps,self.plans[0]
-        full = f", {first.efficiency:.2%} full" if first.capacity else ""
         length = f"{self.steps/per:.3g} epochs of {per:,}" if self.steps!=per else "1 epoch"
-        shape = "×".join(map(str, first.order.shape[1:]))
-        return f"{self.steps:,} steps ({length}) of {shape} (ranks × accumulation × rows); {len(first.sample_ids):,} samples in {len(first.bin_offsets)-1:,} bins{full}"
+        return f"{counted(self.steps, 'step')} ({length}) of {first.shape}; {first.contents}"
 
 # %% ../nbs/15_packing.ipynb #fabe17f6
 def _row(samples):

@@ -85,7 +85,7 @@ class SourceReport:
         "What a table has no column for"
         n = lambda k,what: [f"{k:,} {what if k!=1 else what.replace('s ', ' ', 1)}"]*bool(k) # 1 sample, 2 samples
         res = n(self.repeats, "samples repeated for its `weight`")+n(self.truncated, "samples cut at the end")+n(self.split, "rows cut into several samples")
-        res += [f"{k:,} {why}{': ' if (at := self.examples.get(why)) else ''}{', '.join(at or [])}{' …' if at and k>len(at) else ''}" for why,k in self.dropped.items()]
+        res += [f"{k:,} {why}{': ' if (at := self.examples.get(why)) else ''}{', '.join(at or [])}{' …' if at and k>len(at) else ''}" for why,k in self.dropped.items() if why!=REASONS[BAD] or not self.bad]
         res += [o for why,k in self.pieces.items() for o in n(k, f"pieces {why}")] + _first("no good", self.dropped.get(REASONS[BAD], 0), self.bad)
         return self.hints+res+_first(f"of {self.compared:,} rows where inference and training differ", len(self.disagree), self.disagree)
 
@@ -125,6 +125,21 @@ def _cells(s): # of one dataset's line
     share = "" if s.share is None else f"{s.share:.1%}"+(f" ({s.weight:.1%})" if s.weight is not None else "")
     return [s.path, f"{s.rows_in:,}", f"{s.rows_used:,}", f"{s.samples:,}", f"{s.valid:,}", f"{s.tokens:,}", f"{s.trained/max(s.tokens,1):.1%}", share]
 
+def _head(sources): return _COLUMNS if any(s.weight is not None for s in sources) else [*_COLUMNS[:-1], "share"]
+
+def _aligned(rows):
+    "Lines of a table, as narrow as what is in it; the first column may be left out by an empty text"
+    widths = [max(map(len, c)) for c in zip(*rows)]
+    return ["  ".join([f"{r[0]:<{widths[0]}}"]*bool(widths[0])+[f"{c:>{w}}" for c,w in zip(r[1:], widths[1:])]).rstrip() for r in rows]
+
+def _lines(sources):
+    "(head, lines of each dataset): a path that would make lines longer than 80 characters stands on a line of its own"
+    head,*lines = _aligned([_head(sources), *map(_cells, sources)])
+    if len(head)<=80: return head,[[l] for l in lines]
+    head,*lines = _aligned([["", *r[1:]] for r in (_head(sources), *map(_cells, sources))])
+    return head,[[s.path, l] for s,l in zip(sources, lines)]
+
+# %% ../nbs/09_report.ipynb #2be97402
 @dataclass(repr=False)
 class DataReport:
     "What became of every row"
@@ -134,22 +149,18 @@ class DataReport:
     sequence_len:int|None=None # longest sample
 
     def __str__(self):
-        lines = [f"{'dataset':<32}"+"".join(f"{c:>15}" for c in _COLUMNS[1:])]
-        for s in self.sources: lines += [f"{s.path[-31:]:<32}"+"".join(f"{c:>15}" for c in _cells(s)[1:]), *[f"  {n}" for n in s.notes()]]
-        return "\n".join([*lines, self.summary()])
+        head,lines = _lines(self.sources)
+        return "\n".join([head, *(o for l,s in zip(lines, self.sources) for o in [*l, *(f"  {n}" for n in s.notes())]), self.summary()])
     __repr__ = __str__
     def summary(self) -> str: # one line
         "The last line"
         return f"{self.n_train:,} to train on, {self.n_valid:,} to evaluate on"
     def __rich__(self):
         from rich.console import Group
-        from rich.table import Table
         from rich.text import Text
-        t = Table(*_COLUMNS[:1], box=None, header_style="bold", pad_edge=False)
-        for c in _COLUMNS[1:]: t.add_column(c, justify="right")
-        for s in self.sources: t.add_row(*map(Text, _cells(s)))
-        notes = [Text(f"{s.path}: {n}", style="red" if n.startswith("  ") else "yellow") for s in self.sources for n in s.notes()]
-        return Group(t, *notes, Text(self.summary(), style="bold"))
+        head,lines = _lines(self.sources)
+        note = lambda n: Text(f"  {n}", style="red" if n.startswith("  ") else "yellow")
+        return Group(Text(head, style="bold"), *(o for l,s in zip(lines, self.sources) for o in [*map(Text, l), *map(note, s.notes())]), Text(self.summary(), style="bold"))
 
 # %% ../nbs/09_report.ipynb #c49e62e4
 def save_report(
@@ -168,6 +179,8 @@ def load_report(
 
 # %% ../nbs/09_report.ipynb #95c6d5f8
 _GREY,_GREEN,_RED = "#d8dee4","#2da44e","#cf222e"
+
+def _short(name, most=20): return name if len(name)<=most else f"…{name[1-most:]}"
 
 def _bars(ax, names, tokens, trained, title):
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -195,7 +208,7 @@ def plot_report(
     a.set_xscale("log", base=2)
     a.xaxis.set_major_formatter(EngFormatter(sep=""))
     a.set(xlim=(EDGES[max(0, np.flatnonzero(counts.sum(0))[0]-2) if counts.any() else 0], None), title="Lengths", xlabel="tokens of a sample", ylabel="samples", yscale="log" if counts.max(initial=0)>1000 else "linear")
-    names = [f"{i+1}: {Path(s.path).name[-20:]}{' (evaluation)' if s.role=='valid' else ''}" for i,s in enumerate(report.sources)]
+    names = [f"{i+1}: {_short(Path(s.path).name)}{' (evaluation)' if s.role=='valid' else ''}" for i,s in enumerate(report.sources)]
     _bars(b, names, [s.tokens for s in report.sources], [s.trained for s in report.sources], "Datasets")
     roles = {r: np.sum([s.roles[r] for s in report.sources if r in s.roles], 0) for r in dict.fromkeys(r for s in report.sources for r in s.roles)}
     _bars(c, list(roles), [int(t) for t,_ in roles.values()], [int(t) for _,t in roles.values()], f"Roles, in {sum(s.compared for s in report.sources):,} rows")
@@ -209,7 +222,7 @@ def _page(self:DataReport):
     plot_report(self).savefig(png, format="png", metadata=dict(Software=None))
     row = lambda cells,tag: "<tr>"+"".join(f"<{tag} style='text-align:{'left' if i==0 else 'right'}'>{escape(c)}</{tag}>" for i,c in enumerate(cells))+"</tr>"
     notes = "".join(f"<li><code>{escape(s.path)}</code>: {escape(n)}</li>" for s in self.sources for n in s.notes())
-    table = f"<table>{row(_COLUMNS, 'th')}{''.join(row(_cells(s), 'td') for s in self.sources)}</table>"
+    table = f"<table>{row(_head(self.sources), 'th')}{''.join(row(_cells(s), 'td') for s in self.sources)}</table>"
     return f"{table}<ul>{notes}</ul><p><b>{self.summary()}</b></p><img style='max-width:100%' src='data:image/png;base64,{b64encode(png.getvalue()).decode()}'>"
 
 DataReport._repr_html_ = _page

@@ -348,6 +348,8 @@ def keep_rows(
     "Rows in memory become a source: `DatasetOptions(path=keep_rows(rows))`"
     from datasets import Dataset
     folder,table = cache_folder("kept"),isinstance(rows, Dataset)
+    if not table: rows = list(rows)
+    if not len(rows): raise UserError("keep_rows: there are no rows to keep, the list is empty")
     def write(part):
         if table: return rows.to_parquet(str(part))
         with part.open("w", encoding="utf-8") as f:

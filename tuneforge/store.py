@@ -8,7 +8,7 @@ Docs: https://tuneforge.github.io/tuneforge/store.html.md"""
 __all__ = ['MANIFEST', 'digest', 'read_manifest', 'changes', 'why_missing', 'publish', 'is_whole', 'disk_full', 'made_once']
 
 # %% ../nbs/09_store.ipynb #34411e88
-import errno,hashlib,json,os,shutil,time,uuid
+import errno,hashlib,json,os,re,shutil,time,uuid
 from pathlib import Path
 from typing import Callable
 from filelock import FileLock, Timeout
@@ -37,11 +37,21 @@ def changes(
     new:dict, # parts
 ) -> list[str]: # one for each part that differs
     "What differs between the parts of two folders"
-    shown = lambda v: "not there" if v is None else f"{v!r:.60}"
-    hashed = lambda v: isinstance(v, str) and len(v)==16 and set(v)<=set("0123456789abcdef")
-    diff = [k for k in sorted({*old, *new}) if old.get(k)!=new.get(k)]
-    return [k if hashed(old.get(k)) and hashed(new.get(k)) else f"{k}: {shown(old.get(k))} → {shown(new.get(k))}" for k in diff]
+    differ = [(k, old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k)!=new.get(k)]
+    inside = lambda k,a,b: [f"{k}.{c}" for c in changes(a, b)] if isinstance(a, dict) and isinstance(b, dict) else []
+    return [o for k,a,b in differ for o in inside(k, a, b) or [f"{k}{_change(a, b)}"]]
 
+def _change(a, b):
+    "How a value has changed; long ones from shortly before the place where they part"
+    hashed = [isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v) is not None for v in (a, b)]
+    if all(hashed): return ": changed"
+    if any(hashed) and None in (a, b): return ": new" if a is None else ": gone"
+    a,b = ("not there" if v is None else f"a block with {', '.join(v)}" if isinstance(v, dict) and v else repr(v) for v in (a, b))
+    i = max(0, len(os.path.commonprefix([a, b]))-20)
+    cut = lambda s: s if len(s)<=60 else "…"*(i>0)+s[i:i+60]+"…"*(len(s)>i+60)
+    return f": {cut(a)} → {cut(b)}"
+
+# %% ../nbs/09_store.ipynb #f570e007
 def _told(diff, old, new, n=10):
     "The first differences; one word for those between datasets that share no file"
     files = lambda parts: {v for k,v in parts.items() if ": content " in k}
@@ -114,7 +124,7 @@ def made_once(
     try:
         with _lock(folder):
             if is_whole(folder): return False,"found: another process has just prepared it"
-            why = "the one that was there is damaged" if folder.exists() else why_missing(folder, parts)
+            why = ": the one that was there is damaged" if folder.exists() else ""
             for old in [*folder.parent.glob(f"{folder.name}.*.part"), *[folder]*folder.exists()]: _discard(old)
             part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")
             part.mkdir()
@@ -122,7 +132,7 @@ def made_once(
             finally:
                 shutil.rmtree(part, ignore_errors=True) # gone already when all went well
                 _lock_file(folder).unlink(missing_ok=True) # whoever waits for it notices, and takes a new one
-            return True,f"prepared now: {why}"
+            return True,f"prepared now{why}"
     except Exception as e: # a full disk comes in the clothes of many libraries; all else is raised as it came
         if disk_full(e): raise _no_room(folder.parent) from e
         raise

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .config import Config, DataOptions, DatasetOptions, UserError, log
+from .document import counted
 from .dataset import CUT, Prepared, fit_lengths, list_array, look_at, needed_length, prepare_data, samples_by_row, stopping_row, table_lengths, texts_of, train_entries, trained_tokens
 from .derive import accumulation, buffer_size, eval_length, isolates, packs, streams
 from .engines import Encoder, choose_encoder, verified
@@ -93,7 +94,7 @@ class Feed:
     def _end(self):
         p = self.place
         if p.report.samples==p.before: raise UserError(f"datasets: {p.report.path} was read to its end, and nothing in it can be trained on: {', '.join(p.report.notes()) or 'it has no rows'}")
-        log.info(f"{p.report.path}: read to its end, {p.rows:,} rows")
+        log.info(f"{p.report.path}: read to its end, {counted(p.rows, 'row')}")
         p.ended,p.rounds,p.rows,p.before,self._rows = True,p.rounds+1,0,p.report.samples,None
 
 # %% ../nbs/16_stream.ipynb #8a1d0215
@@ -251,9 +252,7 @@ class Stream:
     def rows_per_step(self): return self.now.plan.order[0].size
     def tokens_until(self, step): return self.now.tokens_until(step)
     def __repr__(self):
-        first,full = self.now.plan,f", {self.efficiency:.2%} full" if self.efficiency else ""
-        shape = "×".join(map(str, first.order.shape[1:]))
-        return f"{self.steps:,} steps of {shape} (ranks × accumulation × rows); a buffer of {len(first.sample_ids):,} samples in {len(first.bin_offsets)-1:,} bins{full}"
+        return f"{counted(self.steps, 'step')} of {self.now.plan.shape}; a buffer of {self.now.plan.contents}"
 
 # %% ../nbs/16_stream.ipynb #53ae8d0f
 @patch
