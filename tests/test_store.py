@@ -295,8 +295,9 @@ def test_changes_can_be_read():
     assert told("a"*70, "b")==[f"x: '{'a'*59}… → 'b'"]
 
 
-def test_nothing_is_compared_unasked(home):
-    assert [prepare_data(Config(**BASE | kw), TOK).why for kw in ({}, dict(sequence_len=300))]==["prepared now"]*2
+def test_unasked_only_the_names_are_told_and_only_of_a_few_changes(home):
+    many = dict(sequence_len=300, seed=7, min_sample_len=3, val_set_size=0.5, dataset_exact_deduplication=True)
+    assert [prepare_data(Config(**BASE | kw), TOK).why for kw in ({}, dict(sequence_len=300), many)]==["prepared now", "prepared now; since an earlier time, this has changed: sequence_len", "prepared now"]
 
 
 def test_a_long_list_of_changes_is_cut(home):

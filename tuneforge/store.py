@@ -59,16 +59,27 @@ def _told(diff, old, new, n=10):
     if len(theirs)>n and not files(old) & files(new): diff = ["other datasets: none of their files is the same", *[k for k in diff if k not in theirs]]
     return diff[:n]+[f"… and {len(diff)-n} more"]*(len(diff)>n)
 
+def _most_similar(folder, parts):
+    "(what differs, manifest, folder) of the one that differs least; of several, the newest; None: there is none"
+    made = [(f, m) for f in (sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []) if not f.name.endswith(".part") and (m := read_manifest(f))]
+    made.sort(key=lambda o: o[1]["made"], reverse=True)
+    return min(((changes(m["parts"], parts), m, f) for f,m in made), key=lambda o: len(o[0]), default=None)
+
 def why_missing(
     folder:Path, # named after its parts
     parts:dict, # what it depends on
 ) -> str: # for a person
     "What has changed since the most similar folder was made"
-    made = [(f, m) for f in (sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []) if not f.name.endswith(".part") and (m := read_manifest(f))]
-    if not made: return f"nothing had been prepared in {folder.parent} before"
-    made.sort(key=lambda o: o[1]["made"], reverse=True) # of several, the newest
-    diff,m,near = min(((changes(m["parts"], parts), m, f) for f,m in made), key=lambda o: len(o[0]))
+    if not (found := _most_similar(folder, parts)): return f"nothing had been prepared in {folder.parent} before"
+    diff,m,near = found
     return f"changed since {near.name} was prepared ({m['made']}):"+"".join(f"\n  {d}" for d in _told(diff, m["parts"], parts))
+
+def _since(folder, parts):
+    "The same in half a line, if little has changed"
+    found = _most_similar(folder, parts)
+    if not found or not 0<len(found[0])<4: return ""
+    old = found[1]["parts"]
+    return f"; since an earlier time, this has changed: {', '.join(k for k in sorted({*old, *parts}) if old.get(k)!=parts.get(k))}"
 
 # %% ../nbs/09_store.ipynb #6550b91c
 def _sync(path):
@@ -124,7 +135,7 @@ def made_once(
     try:
         with _lock(folder):
             if is_whole(folder): return False,"found: another process has just prepared it"
-            why = ": the one that was there is damaged" if folder.exists() else ""
+            why = ": the one that was there is damaged" if folder.exists() else _since(folder, parts)
             for old in [*folder.parent.glob(f"{folder.name}.*.part"), *[folder]*folder.exists()]: _discard(old)
             part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")
             part.mkdir()
