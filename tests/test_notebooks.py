@@ -4,7 +4,7 @@ import pytest
 from tests.tools import NOTEBOOKS, ROOT
 
 
-LONG = ("tutorials/first_finetune.ipynb", "tutorials/stop_and_go_on.ipynb") # what they do, the quickstart and tests do as well
+LONG = ("tutorials/first_finetune.ipynb",) # what it does, the quickstart does as well
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["nbdev.test", "peft", "datasets", "transformers.trainer", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "matplotlib.figure"])
 

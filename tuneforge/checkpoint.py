@@ -28,6 +28,7 @@ from .callbacks import Cadence, StopOnSignal, Stopped
 from .config import Config, TrainOptions, UserError, log
 from .options import DistributedOptions, FileOptions, GradioOptions, LoggingOptions, PreparedOptions
 from .derive import resume_choice
+from .document import counted
 from .folder import sync, write_text
 from .record import without_secrets
 
@@ -290,7 +291,7 @@ class Run:
         write_text(Path(self.output_dir)/"run.json", json.dumps(self.manifest(), indent=1))
     def __repr__(self):
         m = self.metrics
-        return f"{self.plan}\n{m['steps']} steps, {m['tokens']:,} tokens in {m['seconds']:.0f} s ({m['tokens']/m['seconds']:,.0f} tok/s), loss {m['loss']:.3f}\nin {self.output_dir}"
+        return f"{self.plan}\n{counted(m['steps'], 'step')}, {counted(m['tokens'], 'token')} in {m['seconds']:.0f} s ({m['tokens']/m['seconds']:,.0f} tok/s), loss {m['loss']:.3f}\nin {self.output_dir}"
 
 # %% ../nbs/32_checkpoint.ipynb #1aba21cd
 def world_size() -> int: # 1 without a process group

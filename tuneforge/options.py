@@ -704,7 +704,7 @@ class LoggingOptions(Options):
     wandb_watch:Literal["gradients","parameters","all","false"]|None = _opt(None, "log gradients, parameters, or both")
     wandb_log_model:Literal["checkpoint","end","false"]|None = _opt(None, "upload the model: at the end, or each checkpoint, too")
     use_mlflow:bool|None = _opt(None, "log to MLflow; follows from `mlflow_experiment_name`")
-    mlflow_tracking_uri:str|None = _opt(None, "server, folder, or database (`sqlite:///mlflow.db`)")
+    mlflow_tracking_uri:str|None = _opt(None, "server, folder, or database (`sqlite:///mlflow.db`); by default one in `output_dir`")
     mlflow_experiment_name:str|None = _opt(None, "experiment")
     mlflow_run_name:str|None = _opt(None, "name of the run")
     hf_mlflow_log_artifacts:bool|None = _opt(None, "upload checkpoints, too")
