@@ -23,10 +23,10 @@ quickstart: $(READY) ## train, fine-tune, merge and question a small model (some
 	$(BIN)/tuneforge quickstart
 
 test: $(READY)   ## everything but the slow cells: drift, notebooks, tests/
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses=4
 
 test-slow: $(READY) ## the slow cells and tests as well
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal --slow
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --slow
 
 export: $(READY) ## notebooks to tuneforge/, and clean them
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean

@@ -1,5 +1,5 @@
 "Schedules against formulas, torch and transformers; groups by counting; every optimizer against transformers' own making, on a tiny model, and through a checkpoint"
-import copy, io, math
+import copy, io, math, sys
 from functools import partial
 from importlib.util import find_spec
 import pytest, torch
@@ -401,12 +401,14 @@ def test_came_reads_its_keys():
 
 
 def test_torchdistx_from_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path/"torchdistx").mkdir()
     (tmp_path/"torchdistx"/"__init__.py").write_text("")
     (tmp_path/"torchdistx"/"optimizers.py").write_text("import torch\nclass AnyPrecisionAdamW(torch.optim.AdamW):\n    def __init__(self, params, lr, betas, eps, weight_decay=0., momentum_dtype=torch.float32):\n        self.dtype = momentum_dtype\n        super().__init__(params, lr, betas, eps, weight_decay)\n")
     o = learning(optimizer="adamw_anyprecision", torchdistx_path=str(tmp_path), optim_args="momentum_dtype=bfloat16")
-    assert find_optimizer(o).__name__=="AnyPrecisionAdamW" and optimizer_arguments(o)[0]["momentum_dtype"] is torch.bfloat16
+    found, kw = find_optimizer(o), optimizer_arguments(o)[0]
+    for m in [m for m in sys.modules if m.startswith("torchdistx")]: del sys.modules[m] # no other test has it
+    assert found.__name__=="AnyPrecisionAdamW" and kw["momentum_dtype"] is torch.bfloat16
     with pytest.raises(UserError, match="is no folder"): find_optimizer(learning(optimizer="adamw_anyprecision", torchdistx_path=str(tmp_path/"x")))
 
 

@@ -91,7 +91,7 @@ def test_the_steps_shown_are_the_steps_run(data, tmp_path, kw, epochs):
     assert steps==(kw.get("max_steps") or -(-int(epochs*10)*plans[0].steps//10))
     r = train(cfg)
     rates = [h["learning_rate"] for h in r.history if "loss" in h]
-    assert r.metrics["steps"]==steps==len(rates) and r.plan.startswith(f"{steps} steps")
+    assert r.metrics["steps"]==steps==len(rates) and r.plan.startswith(f"{steps} step{'s'*(steps>1)} ")
     assert rates==pytest.approx([1e-3*(1-i/steps) for i in range(steps)])
     assert r.metrics["tokens"]==sum(RunPlan(plans, steps).step_tokens)
 

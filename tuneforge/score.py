@@ -15,11 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 import torch
-from .folder import write_text
+from fastcore.basics import patch
 from .config import Config, DataOptions, DatasetOptions, EvalOptions, UserError, log
 from .dataset import prepare_data, sample_lengths, train_entries
 from .derive import streams
 from .evaluate import Answers, answer_all, hardest
+from .folder import write_text
 from .infer import load_finetuned
 from .loaders import PlanLoader
 from .mixing import fingerprints
@@ -238,7 +239,8 @@ def _upright(heads, lines):
             if any(o[i] for o in of.values()): t.add_row(f"  {h}", *(of[m][i] if m in of else "" for m in models))
     return t
 
-def _rich(self, console, options):
+@patch
+def __rich_console__(self:Evaluation, console, options):
     from rich.table import Table
     from rich.text import Text # square brackets are no colours
     heads,lines = self.table()
@@ -248,13 +250,12 @@ def _rich(self, console, options):
     yield t if console.measure(t, options=options.update(max_width=10_000)).maximum<=options.max_width else _upright(heads, lines)
     yield from self.hardest
 
-def _html(self):
+@patch
+def _repr_html_(self:Evaluation):
     from html import escape
     heads,lines = self.table()
     cells = lambda o,t: "<tr>"+"".join(f"<{t} style='text-align:{'left' if i<3 else 'right'}'>{escape(c)}</{t}>" for i,c in enumerate(o))+"</tr>"
     return f"<table>{cells(heads, 'th')}{''.join(cells(o, 'td') for o in lines)}</table>"+"".join(h._repr_html_() for h in self.hardest)
-
-Evaluation.__rich_console__,Evaluation._repr_html_ = _rich,_html
 
 # %% ../nbs/57_score.ipynb #7bb0e7f3
 def _scores(cfg, model, tokenizer, ds, max_answers, answer):
