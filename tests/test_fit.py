@@ -205,6 +205,7 @@ def test_it_goes_on_with_less_memory(data, tmp_path):
 
 # Processes
 
+@pytest.mark.slow
 def test_ranks_agree(data, tmp_path):
     "One of two ranks is short of memory: both take fewer rows, and the steps are those of one process"
     (tmp_path/"c.yml").write_text(json.dumps(keys(data, tmp_path/"two", base_model="tiny:llama?num_hidden_layers=1")))
