@@ -107,17 +107,34 @@ def test_resuming_is_not_having_stopped(data, tmp_path):
         assert all(torch.equal(x[k], y[k]) for k in x)
 
 
+def token_mean(model, ds):
+    "Mean loss of the trained tokens of rows, one row and one token after the other"
+    total, n = 0., 0
+    for s in ds:
+        ids, labels = torch.tensor([s["input_ids"]]), torch.tensor(s["labels"])
+        logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        for j, t in enumerate(labels[1:]):
+            if t!=IGNORE: total, n = total-logp[j, t].item(), n+1
+    return total/n
+
+
 def test_evaluation_happens_and_is_a_token_mean(data, tmp_path):
     r = train(config(data, tmp_path, micro_batch_size=4, val_set_size=0.2, num_epochs=2, eval_batch_size=3))
     evals = [h for h in r.history if "eval_loss" in h]
     assert len(evals)>=2
-    ds, total, n = prepare_data(config(data, tmp_path, val_set_size=0.2), r.tokenizer).valid, 0., 0
-    for s in ds:
-        ids, labels = torch.tensor([s["input_ids"]]), torch.tensor(s["labels"])
-        logp = r.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-        for j, t in enumerate(labels[1:]):
-            if t!=IGNORE: total, n = total-logp[j, t].item(), n+1
-    assert r.metrics["eval_loss"]==pytest.approx(total/n, rel=1e-4)
+    assert r.metrics["eval_loss"]==pytest.approx(token_mean(r.model, prepare_data(config(data, tmp_path, val_set_size=0.2), r.tokenizer).valid), rel=1e-4)
+
+
+def test_a_finished_run_is_evaluated_on_what_its_config_names(data, tmp_path):
+    "Though its log has an evaluation of the last step, on other rows"
+    rows = [json.loads(l) for l in data.read_text().splitlines()]
+    tests = [write_jsonl(tmp_path/f"{n}.jsonl", [r | dict(output=f"{r['output']} {n}") for r in rows[:5]]) for n in ("one", "other")]
+    cfg = lambda test: config(data, tmp_path/"out", test_datasets=[dict(path=str(test), type="alpaca")], max_steps=2, save_strategy="steps", save_steps=2, eval_steps=1, resume="auto")
+    first, again = (train(cfg(t), allow_drift=True) for t in tests)
+    assert [h["step"] for h in first.history if "eval_loss" in h]==[1, 2] # the last step once
+    for r, t in ((first, tests[0]), (again, tests[1])):
+        assert r.metrics["eval_loss"]==pytest.approx(token_mean(r.model, prepare_data(cfg(t), r.tokenizer).valid), rel=1e-4)
+    assert abs(again.metrics["eval_loss"]/first.metrics["eval_loss"]-1)>1e-3
 
 
 def test_nothing_is_pickled(data, tmp_path):
