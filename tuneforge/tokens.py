@@ -108,8 +108,9 @@ def say_new(
     "Tell which special tokens the tokenizer lacks: they may be meant, or a slip"
     known = tok.get_vocab()
     for k,t in special.items():
+        if t in known: continue
         near = did_you_mean(t, tok.all_special_tokens)
-        if t not in known: log.info(f"`special_tokens.{k}`: this tokenizer has no {t}{near+' It' if near else ': it'} is added, and the model knows nothing of it yet")
+        log.info(f"`special_tokens.{k}`: this tokenizer has no {t}{near+' It' if near else ': it'} is added, and the model knows nothing of it yet")
 
 def add_tokens(
     tok, # tokenizer; changed in place
