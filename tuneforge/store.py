@@ -37,9 +37,11 @@ def changes(
     new:dict, # parts
 ) -> list[str]: # one for each part that differs
     "What differs between the parts of two folders"
-    differ = [(k, old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k)!=new.get(k)]
     inside = lambda k,a,b: [f"{k}.{c}" for c in changes(a, b)] if isinstance(a, dict) and isinstance(b, dict) else []
-    return [o for k,a,b in differ for o in inside(k, a, b) or [f"{k}{_change(a, b)}"]]
+    both = lambda k: (old.get(k), new.get(k))
+    return [o for k in _differing(old, new) for o in inside(k, *both(k)) or [f"{k}{_change(*both(k))}"]]
+
+def _differing(old, new): return [k for k in sorted({*old, *new}) if old.get(k)!=new.get(k)]
 
 def _change(a, b):
     "How a value has changed; long ones from shortly before the place where they part"
@@ -78,8 +80,7 @@ def _since(folder, parts):
     "The same in half a line, if little has changed"
     found = _most_similar(folder, parts)
     if not found or not 0<len(found[0])<4: return ""
-    old = found[1]["parts"]
-    return f"; since an earlier time, this has changed: {', '.join(k for k in sorted({*old, *parts}) if old.get(k)!=parts.get(k))}"
+    return f"; since an earlier time, this has changed: {', '.join(_differing(found[1]['parts'], parts))}"
 
 # %% ../nbs/09_store.ipynb #6550b91c
 def _sync(path):
