@@ -270,8 +270,8 @@ def test_a_run_without_an_adapter_has_nothing_to_merge(tmp_path):
     with pytest.raises(UserError, match="no `adapter`"): merge(adapter.replace(lora_model_dir=str(tmp_path/"out")))
     (tmp_path/"lora"/"adapter_config.json").unlink()
     with pytest.raises(UserError, match="lora is no adapter folder: it has no adapter_config.json"): merge(adapter)
-    with pytest.raises(UserError, match="no adapter folder: .*nowhere. Train first: `tuneforge train CFG`"): merge(adapter.replace(output_dir=str(tmp_path/"nowhere")))
-    with pytest.raises(UserError, match="no adapter folder: .*nowhere$"): merge(adapter.replace(lora_model_dir=str(tmp_path/"nowhere")))
+    with pytest.raises(UserError, match="no adapter folder: .*nowhere: train first, with `tuneforge train CONFIG.yml`"): merge(adapter.replace(output_dir=str(tmp_path/"nowhere")))
+    with pytest.raises(UserError, match="no adapter folder: .*nowhere: correct `lora_model_dir`$"): merge(adapter.replace(lora_model_dir=str(tmp_path/"nowhere")))
 
 
 def test_the_proof_fits_a_narrow_terminal():

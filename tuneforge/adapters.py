@@ -7,7 +7,7 @@ Docs: https://tuneforge.github.io/tuneforge/adapters.html.md"""
 # %% auto #0
 __all__ = ['UNCALLED', 'BASE_FILE', 'CHANGES_BASE', 'uncalled', 'linear_layers', 'check_targets', 'lora_config', 'adapted_layers',
            'read_weight', 'write_weight', 'save_base', 'load_base', 'loftq', 'say_untied', 'add_adapter',
-           'adapter_folder', 'misfits', 'load_adapter', 'first_factors', 'make_plain', 'unshare']
+           'adapter_folder', 'trained_adapter', 'misfits', 'load_adapter', 'first_factors', 'make_plain', 'unshare']
 
 # %% ../nbs/22_adapters.ipynb #f7ba2c26
 import json,re,warnings
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from .config import LoraOptions, UserError, log
+from .config import Config, LoraOptions, UserError, log
 from .document import did_you_mean
 from .precision import need_library
 from .vocabulary import check_rows, trainable_rows
@@ -287,6 +287,17 @@ def adapter_folder(
     lacks = [f for f in ("adapter_config.json","adapter_model.safetensors") if not (p/f).is_file()]
     if lacks: raise UserError(f"{path} is no adapter folder: it has no {' and no '.join(lacks)}")
     return p
+
+def trained_adapter(
+    cfg:Config, # `lora_model_dir`, or else `output_dir`
+) -> Path: # checked
+    "The folder of the adapter that a config trains or names. Raises `UserError` with what is there instead, and what to do."
+    folder = Path(cfg.lora_model_dir or cfg.output_dir).expanduser()
+    if not folder.is_dir(): raise UserError(f"no adapter folder: {folder}: "+("correct `lora_model_dir`" if cfg.lora_model_dir else "train first, with `tuneforge train CONFIG.yml`, or correct `output_dir`"))
+    run = folder/"run.json"
+    if not (folder/"adapter_config.json").is_file() and run.is_file() and not json.loads(run.read_text(encoding="utf-8"))["config"].get("adapter"):
+        raise UserError(f"the run in {folder} had no `adapter`: it trained the weights of the model itself, so there is nothing to merge, and the folder holds the finished model")
+    return adapter_folder(folder)
 
 def _settings(folder): return json.loads((Path(folder)/"adapter_config.json").read_text(encoding="utf-8"))
 

@@ -12,7 +12,7 @@ __all__ = ['verify_golden', 'load_finetuned', 'without_adapter', 'user_row', 'ha
 import json,re
 from contextlib import contextmanager
 from pathlib import Path
-from .adapters import load_adapter
+from .adapters import load_adapter, trained_adapter
 from .config import Config, CustomFormat, DatasetOptions, UserError, log
 from .dataset import train_entries
 from .generate import cut_at, generate
@@ -33,10 +33,6 @@ def verify_golden(
     except ValueError as e: raise UserError(f"{kept} is broken: {e}") from e
     check_golden(golden, train_entries(cfg), tokenizer)
 
-def _trained(cfg, folder):
-    "Refuse a folder that is not there, with what to do"
-    if not folder.expanduser().is_dir(): raise UserError(f"no adapter folder: {folder}: "+("correct `lora_model_dir`" if cfg.lora_model_dir else "train first, with `tuneforge train CONFIG.yml`, or correct `output_dir`"))
-
 def _whole(cfg, folder, tokenizer, before):
     "The model in a folder"
     if not (folder/"config.json").is_file(): raise UserError(f"there is no model in {folder}: run `tuneforge {before}` first")
@@ -54,7 +50,7 @@ def load_finetuned(
     if which=="base": return load_model(cfg, tokenizer).eval(),tokenizer
     if which=="merged": folder = Path(cfg.output_dir)/"merged"
     elif which!="tuned": raise UserError(f"there is no model {which!r}: ask `tuned`, `merged` or `base`")
-    if which=="tuned" and (cfg.adapter or cfg.lora_model_dir): _trained(cfg, folder); model = load_adapter(load_model(cfg, tokenizer), folder)
+    if which=="tuned" and (cfg.adapter or cfg.lora_model_dir): model = load_adapter(load_model(cfg, tokenizer), trained_adapter(cfg))
     else: model = _whole(cfg, folder, tokenizer, "train" if which=="tuned" else "merge-lora")
     if (folder/"generation_config.json").is_file(): model.generation_config = type(model.generation_config).from_pretrained(folder)
     verify_golden(cfg, folder, tokenizer)

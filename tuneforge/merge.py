@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from .adapters import BASE_FILE, CHANGES_BASE, adapter_folder, load_adapter, load_base, unshare
+from .adapters import BASE_FILE, CHANGES_BASE, load_adapter, load_base, trained_adapter, unshare
 from .folder import share_weights, write_text
 from .config import Config, ModelOptions, UserError, log
 from .models import finished, load_model, model_class, model_config
@@ -479,15 +479,6 @@ def _way(cfg, folder, tokenizer):
     return _whole_merge
 
 # %% ../nbs/50_merge.ipynb #a5000001
-def _adapter(cfg):
-    "The folder of the adapter. Raises `UserError` with what is there instead."
-    folder = Path(cfg.lora_model_dir or cfg.output_dir).expanduser()
-    if not folder.is_dir() and not cfg.lora_model_dir: raise UserError(f"no adapter folder: {folder}. Train first: `tuneforge train CFG`")
-    run = folder/"run.json"
-    if not (folder/"adapter_config.json").is_file() and run.is_file() and not json.loads(run.read_text(encoding="utf-8"))["config"].get("adapter"):
-        raise UserError(f"the run in {folder} had no `adapter`: it trained the weights of the model itself, so there is nothing to merge, and the folder holds the finished model")
-    return adapter_folder(folder)
-
 def _check_base(cfg, folder, other_base):
     "Say that the base is another one. Raises `UserError` where its weights are, too, and nobody has said that it is meant."
     said,run = trained_on(folder),folder/"run.json"
@@ -520,7 +511,7 @@ def merge(
     other_base:bool=False, # merge into other weights than those that the adapter was trained beside
 ) -> tuple[Path,Proof]: # (the folder, what the merge kept)
     "Merge the adapter into its base and prove it. Raises `UserError` when there is no adapter, or when predictions change."
-    folder,out = _adapter(cfg),Path(out or Path(cfg.output_dir)/"merged")
+    folder,out = trained_adapter(cfg),Path(out or Path(cfg.output_dir)/"merged")
     files = set(weight_files(resolve_model(cfg.base_model), cfg.revision_of_model).values())
     _ready(out, sum(f.stat().st_size for f in files))
     _check_base(cfg, folder, other_base)
