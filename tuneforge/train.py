@@ -302,11 +302,12 @@ def last_evaluation(
     trainer:ForgeTrainer, # after training
     best:bool, # whether it has gone back to its best weights
 ) -> dict: # `eval_loss`, `eval_perplexity`
-    "What held-out rows say of the weights that are left; if this process has trained, and evaluated its last step, they were just asked"
+    "What held-out rows say of the weights that are left; if the last step was evaluated, on the same rows, the log has it"
     if best: return {k.replace("best", "eval", 1): v for k,v in trainer.evaluate(metric_key_prefix="best").items()} # in the log: not the model of the last step
     done = trainer.state.global_step
-    said = [h for h in trainer.state.log_history if h["step"]==done>trainer.start and "eval_loss" in h]
-    return {k: v for k,v in said[-1].items() if k.startswith("eval_")} if said else trainer.evaluate()
+    said = [h for h in trainer.state.log_history if h["step"]==done and "eval_loss" in h]
+    if not said or trainer.drifted and trainer.start==done: return trainer.evaluate() # or the rows may have been others
+    return {k: v for k,v in said[-1].items() if k.startswith("eval_")}
 
 # %% ../nbs/34_train.ipynb #dcb4a3b1
 def describe(
