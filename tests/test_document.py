@@ -1,6 +1,7 @@
 "YAML with positions: every mistake has its place, and nothing else can come in"
-import json
+import json, os
 import pytest
+from datasets import Dataset
 from hypothesis import given, strategies as st
 from tuneforge.document import ConfigError, Document, Mark, expand, nearest, one_slip
 
@@ -78,8 +79,17 @@ def test_variables_are_read_as_if_written():
     assert doc.value==dict(a=8, b="${R}", c="8", d="${R}\n", e="x-8", f=1e-4)
 
 
+def test_variables_of_now_though_a_library_put_another_environment_in_place(monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ) # put back afterwards
+    was = os.environ
+    Dataset.from_dict(dict(n=[1, 2])).map(lambda r: r, num_proc=2)
+    assert os.environ is not was # datasets copies it to its workers, and leaves the copy in place
+    monkeypatch.setenv("SET_AFTERWARDS", "7")
+    assert Document("a: ${SET_AFTERWARDS}").value==dict(a=7) and expand("${SET_AFTERWARDS}")==("7", [])
+
+
 def test_no_variables_from_the_network():
-    assert "may not read" in Document("a: ${HOME}", "https://x/c.yml", env=None).problems[0].message
+    assert "may not read" in Document("a: ${HOME}", "https://x/c.yml", local=False).problems[0].message
 
 
 def test_putting_and_merging():

@@ -9,7 +9,7 @@ __all__ = ['log', 'PLACES', 'CHECKS', 'groups_in', 'group_at', 'field_names', 'd
            'Override', 'parse_overrides', 'read_document', 'read_merged', 'load_config']
 
 # %% ../nbs/05_config.ipynb #bd35fe87
-import logging,os,shlex
+import logging,shlex
 from copy import deepcopy
 from html import escape
 from pathlib import Path
@@ -416,7 +416,7 @@ def to_yaml(
     from ruamel.yaml import YAML
     from ruamel.yaml.util import load_yaml_guess_indent
     doc = self._doc
-    had = Document(doc.text, doc.file, os.environ if doc.local else None).value
+    had = Document(doc.text, doc.file, local=doc.local).value
     if had==doc.value: return doc.text
     _,indent,offset = load_yaml_guess_indent(doc.text) if had else (None, None, None)
     yaml = YAML()
@@ -488,7 +488,7 @@ def read_document(
     if is_url(source):
         text,sha = fetch_text(source)
         log.warning(f"{source}: sha256 {sha}")
-        return Document(text, source, env=None)
+        return Document(text, source, local=False)
     if "://" in str(source): raise UserError(f"{source}: a config is a file, a folder, or an https address")
     p = Path(source).expanduser()
     if p.is_dir(): p = _file_in(p)

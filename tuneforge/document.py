@@ -122,10 +122,10 @@ _ENV = re.compile(r"\$(\$)(?=\{)|\$\{(\w+)(?::-([^}]*))?\}")
 
 def expand(
     text:str, # with `${NAME}` or `${NAME:-default}`
-    env=os.environ, # variables
+    env=None, # variables; those of the process, if not given
 ) -> tuple[str,list[str]]: # (the text with its variables replaced, names that are not set)
     "Replace environment variables as a shell does"
-    missing = []
+    env,missing = os.environ if env is None else env,[]
     def value(m):
         if m[1]: return ""
         v = env.get(m[2])
@@ -142,9 +142,10 @@ class Document:
     def __init__(self,
         text:str="", # YAML
         file:str="<text>", # its name, for messages
-        env=os.environ, # variables for `${NAME}`; None: they are an error
+        env=None, # variables for `${NAME}`; those of the process, if not given
+        local:bool=True, # from this machine? Elsewhere, `${NAME}` is an error
     ):
-        self.text,self.file,self.local,self.lines = text,file,env is not None,text.splitlines()
+        self.text,self.file,self.local,self.lines = text,file,local,text.splitlines()
         self.keys,self.marks,self.raw,self.problems,self.n = {},{},{},[],0 # path -> Mark of the key; of the value; text of a scalar
         self.value = self._parse(text, env)
     @classmethod
@@ -220,8 +221,8 @@ def _mapping(self:Document, node, path, above):
 def _scalar(self:Document, node, path):
     text = node.value
     if "${" in text and node.style not in ("'","|",">"):
-        if self.env is None: self.problems.append(Problem("a config from the network may not read environment variables", path, mark=self.marks[path]))
-        text,missing = expand(text, self.env or {})
+        if not self.local: self.problems.append(Problem("a config from the network may not read environment variables", path, mark=self.marks[path]))
+        text,missing = expand(text, self.env if self.local else {})
         for o in missing: self.problems.append(Problem(f"the environment variable `{o}` is not set; set it, or give a default: `${{{o}:-…}}`", path, mark=self.marks[path]))
         if node.style is None: node = yaml.ScalarNode(self.loader.resolve(yaml.ScalarNode, text, (True,False)), text, node.start_mark, node.end_mark)
     self.raw[path] = text
