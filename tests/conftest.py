@@ -10,6 +10,14 @@ settings.register_profile("tuneforge", deadline=None) # no test asserts a wall t
 settings.load_profile("tuneforge")
 
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    "datasets leaves a copy of `os.environ` in place after work in several processes: what a test set would stay in it"
+    was = os.environ
+    yield
+    os.environ = was
+
+
 def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="slow cells and tests, too")
 
 

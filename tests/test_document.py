@@ -80,7 +80,6 @@ def test_variables_are_read_as_if_written():
 
 
 def test_variables_of_now_though_a_library_put_another_environment_in_place(monkeypatch):
-    monkeypatch.setattr(os, "environ", os.environ) # put back afterwards
     was = os.environ
     Dataset.from_dict(dict(n=[1, 2])).map(lambda r: r, num_proc=2)
     assert os.environ is not was # datasets copies it to its workers, and leaves the copy in place
