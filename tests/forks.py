@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 from tuneforge.all import *
 from tuneforge import checkpoint
+from tests.tools import free_port
 
 CALLS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
 
@@ -119,9 +120,9 @@ def child(phase, rank, n, port, out):
     os._exit(code)
 
 
-def play(phase, port, folder):
-    "Run a phase; what came of it"
-    n, out = phase.get("ranks", 1), folder/f"said-{port}.txt"
+def play(phase, out):
+    "Run a phase, with its messages in the file `out`; what came of it"
+    n, port = phase.get("ranks", 1), free_port()
     output_dir = Path(load_config(phase["config"], phase.get("overrides", [])).output_dir)
     for p in phase.get("drop", []): shutil.rmtree(output_dir/p)
     pids = []
@@ -137,4 +138,4 @@ def play(phase, port, folder):
 
 if __name__=="__main__":
     spec = Path(sys.argv[1])
-    for i, phase in enumerate(json.loads(spec.read_text())): print("PHASE", json.dumps(play(phase, int(sys.argv[2])+i, spec.parent)), flush=True)
+    for i, phase in enumerate(json.loads(spec.read_text())): print("PHASE", json.dumps(play(phase, spec.with_name(f"said-{i}.txt"))), flush=True)

@@ -31,15 +31,15 @@ def same(a, b):
 
 def calls(made, folder):
     "How many calls change the file system in an undisturbed run"
-    said = forks([dict(config=str(made[0]), overrides=["--output-dir", str(folder/"count")], kill=dict(call=None))], folder, 29700)[0]["said"]
+    said = forks([dict(config=str(made[0]), overrides=["--output-dir", str(folder/"count")], kill=dict(call=None))], folder)[0]["said"]
     return int(said.rsplit("CALLS ", 1)[1].split()[0])
 
 
-def befall(made, folder, whats, port):
+def befall(made, folder, whats):
     "Runs that something befalls, and each of them resumed: [(what, its folder, what came, what came of going on)]"
     folders = [folder/str(i) for i in range(len(whats))]
     phases = [dict(config=str(made[0]), overrides=["--output-dir", str(f), *w.get("options", [])]) | o for f, w in zip(folders, whats) for o in (w, {})]
-    came = forks(phases, folder, port)
+    came = forks(phases, folder)
     return [(w, f, came[2*i], came[2*i+1]) for i, (w, f) in enumerate(zip(whats, folders))]
 
 
@@ -62,7 +62,7 @@ ACCIDENTS = {"torn weights": dict(kill=dict(torn=[2, "weights"])), "torn optimiz
 def accidents(made, tmp_path_factory):
     "All that can befall a run, each once, in one process: kills before five of the calls that write, sync, name and delete, and what `ACCIDENTS` names"
     d = tmp_path_factory.mktemp("accidents")
-    return befall(made, d, [*ACCIDENTS.values(), *(dict(kill=dict(call=c)) for c in range(6, 160, 36))], 29701)
+    return befall(made, d, [*ACCIDENTS.values(), *(dict(kill=dict(call=c)) for c in range(6, 160, 36))])
 
 
 def of(accidents, name): return accidents[list(ACCIDENTS).index(name)]
@@ -84,12 +84,12 @@ def test_kill_with_half_a_file(made, accidents, what):
 def test_kill_before_each_call(made, tmp_path):
     n = calls(made, tmp_path)
     assert n>150
-    for a in befall(made, tmp_path, [dict(kill=dict(call=c)) for c in range(1, n+1)], 30000): assert survived(made, *a)["codes"]==[-signal.SIGKILL]
+    for a in befall(made, tmp_path, [dict(kill=dict(call=c)) for c in range(1, n+1)]): assert survived(made, *a)["codes"]==[-signal.SIGKILL]
 
 
 @pytest.mark.slow
 def test_kill_at_any_time(made, tmp_path):
-    for a in befall(made, tmp_path, [dict(kill=dict(after=0.05*i)) for i in range(60)], 31000): survived(made, *a)
+    for a in befall(made, tmp_path, [dict(kill=dict(after=0.05*i)) for i in range(60)]): survived(made, *a)
 
 
 def test_a_full_disk_keeps_the_last_good_one(made, tmp_path):
@@ -98,7 +98,7 @@ def test_a_full_disk_keeps_the_last_good_one(made, tmp_path):
     phase = dict(config=str(cfg), overrides=["--output-dir", str(tmp_path/"out")])
     both = dict(config=str(cfg), ranks=2, overrides=["--output-dir", str(tmp_path/"two"), "--gradient-accumulation-steps", "1"], size=100_000)
     size = (cfg.parent/"whole"/"model.safetensors").stat().st_size
-    _, full, on, two = forks([phase | dict(stop=[0, 2, "step", signal.SIGTERM]), phase | dict(size=size+1000), phase, both], tmp_path, 29780)
+    _, full, on, two = forks([phase | dict(stop=[0, 2, "step", signal.SIGTERM]), phase | dict(size=size+1000), phase, both], tmp_path)
     assert full["codes"]==[2] and full["checkpoints"]=={"checkpoint-1": [], "checkpoint-2": []}
     assert "checkpoint-3 could not be written" in full["said"] and "the last good one is checkpoint-2" in full["said"]
     assert on["codes"]==[0] and same(weights(tmp_path/"out"), want)

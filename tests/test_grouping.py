@@ -2,7 +2,7 @@
 import json, sys
 import pytest, torch
 from tuneforge.all import *
-from tests.tools import ROOT, run, write_jsonl
+from tests.tools import ROOT, run, torchrun, write_jsonl
 
 STEP = """
 import json, os, sys, torch
@@ -48,7 +48,7 @@ RANKS = {2: dict(rows=dict(micro_batch_size=24), packed=dict(micro_batch_size=4,
 def step(d, ranks, cases):
     "Loss and gradients of the first step in each case"
     jobs = {str(d/f"{ranks}-{n}.pt"): config(d, f"out{ranks}-{n}", **kw) for n, kw in cases.items()}
-    launcher = [sys.executable] if ranks==1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1", f"--master_port={29640+ranks}"]
+    launcher = [sys.executable] if ranks==1 else torchrun(ranks)
     res = run(*launcher, d/"step.py", json.dumps(jobs), "-", env=dict(PYTHONPATH=str(ROOT)))
     assert res.returncode==0, res.stderr[-3000:]
     said = {l.split()[1]: l.split()[2:] for l in res.stdout.splitlines() if l.startswith("LOSS")}

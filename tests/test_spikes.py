@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from tuneforge.all import *
 from tuneforge.train import set_up
 from tests.test_guards import Poison
-from tests.tools import forks, tuneforge, write_jsonl
+from tests.tools import command, forks, tuneforge, write_jsonl
 
 ODD = "zq xj 9 ## kv wq 77 qq vx "*3
 LORA = dict(adapter="lora", lora_r=4, lora_target_linear=True, lora_dropout=0.1)
@@ -124,8 +124,8 @@ def test_a_capsule_by_plain_transformers(data, tmp_path, packed, kind):
     assert came.returncode==0 and "bit by bit" in came.stdout and "b.jsonl:16" in came.stdout, came.stderr
     w = load_file(c.folder/"weights.safetensors")
     save_file({k: v+1e-3 for k, v in w.items()}, c.folder/"weights.safetensors")
-    came = tuneforge("replay", c.folder)
-    assert came.returncode==2 and "not reproduced" in came.stderr
+    code, _, err = command("replay", c.folder)
+    assert code==2 and "not reproduced" in err
 
 
 def test_a_replay_in_another_folder_names_what_it_misses(tmp_path, monkeypatch):
@@ -237,8 +237,8 @@ class Bomb(TrainerCallback):
 
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="is no capsule"): replay(tmp_path)
-    came = tuneforge("replay", tmp_path)
-    assert came.returncode==2 and "is no capsule" in came.stderr
+    code, _, err = command("replay", tmp_path)
+    assert code==2 and "is no capsule" in err
 
 
 # ---- two ranks
@@ -248,7 +248,7 @@ def test_two_ranks(data, tmp_path):
     base = json.loads(config(data, tmp_path/"x", **LORA, max_steps=6).model_dump_json(exclude_unset=True))
     (tmp_path/"c.yml").write_text(json.dumps(base))
     phase = lambda name, **kw: dict(config=str(tmp_path/"c.yml"), ranks=2, overrides=["--output-dir", str(tmp_path/name)]) | kw
-    bad, skipped, never = forks([phase("bad", nan=[1, 4]), phase("skipped", skip=4), phase("never")], tmp_path, 29680)
+    bad, skipped, never = forks([phase("bad", nan=[1, 4]), phase("skipped", skip=4), phase("never")], tmp_path)
     assert bad["codes"]==skipped["codes"]==never["codes"]==[0, 0], bad["said"][-2000:]
     a, b, c = (load_file(tmp_path/n/"adapter_model.safetensors") for n in ("bad", "skipped", "never"))
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)

@@ -10,7 +10,7 @@ from tuneforge.cli import preprocess
 from tuneforge.derive import isolates
 from tuneforge.stream import cut_rows, join_rows
 from tests.test_resume import StopAt, same
-from tests.tools import computed, forks, tuneforge, write_jsonl
+from tests.tools import command, computed, forks, write_jsonl
 
 BASE = dict(base_model="tiny:llama?num_hidden_layers=1", learning_rate=1e-3, sequence_len=64, micro_batch_size=2, max_steps=6)
 TOK = load_tokenizer(TokenizerOptions(base_model="tiny:llama"))
@@ -199,7 +199,7 @@ def test_ranks_share_a_stream(data, tmp_path):
     keys = {k: v for k, v in cfg.explicit().items()}
     (tmp_path/"c.yml").write_text(json.dumps(json.loads(cfg.model_dump_json(exclude_unset=True)) | dict(output_dir=str(tmp_path/"out"))))
     phase = lambda n, **kw: dict(config=str(tmp_path/"c.yml"), ranks=n, overrides=["--gradient-accumulation-steps", str(4//n)]) | kw
-    came = forks([phase(2, stop=[0, 5, "step", signal.SIGTERM]), phase(1)], tmp_path, 29680)
+    came = forks([phase(2, stop=[0, 5, "step", signal.SIGTERM]), phase(1)], tmp_path)
     assert [o["codes"] for o in came]==[[143, 143], [0]], [o["said"][-500:] for o in came]
     a, b = (load_file(tmp_path/n/"model.safetensors") for n in ("whole", "out"))
     assert all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-6) for k in a)
@@ -270,9 +270,9 @@ saves_per_epoch: 1
 weight_decay: 0.0
 special_tokens:
 """)
-    said = tuneforge("preprocess", "c.yml", cwd=tmp_path)
-    assert said.returncode==0 and "a stream, of which this is the beginning" in said.stdout and "300" in said.stdout, said.stderr
+    code, out, err = command("preprocess", "c.yml", cwd=tmp_path)
+    assert code==0 and "a stream, of which this is the beginning" in out and "300" in out, err
     with pytest.raises(UserError, match="a stream is read while it is trained"): preprocess(load_config(tmp_path/"c.yml"), why_miss=True)
-    said = tuneforge("train", "c.yml", cwd=tmp_path)
-    assert said.returncode==0 and "5 steps" in said.stdout and "a stream has no epochs" in said.stderr, said.stderr
+    code, out, err = command("train", "c.yml", cwd=tmp_path)
+    assert code==0 and "5 steps" in out and "a stream has no epochs" in err, err
     assert json.loads((tmp_path/"model-out"/"run.json").read_text())["data"]["sources"][0]["rows_in"]>=300

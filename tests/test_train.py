@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
 from tuneforge.all import *
-from tests.tools import ROOT, run, write_jsonl
+from tests.tools import ROOT, run, torchrun, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_two_ranks_are_one(data, tmp_path):
     (tmp_path/"c.yml").write_text(json.dumps(cfg))
     said = []
     env = dict(PYTHONPATH=str(ROOT))
-    for launcher, acc in ([sys.executable], 2), ([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port=29611"], 1):
+    for launcher, acc in ([sys.executable], 2), (torchrun(2), 1):
         res = run(*launcher, tmp_path/"run.py", tmp_path/"c.yml", acc, tmp_path/f"out{acc}", env=env)
         assert res.returncode==0, res.stderr[-3000:]
         said.append(json.loads(next(l for l in res.stdout.splitlines() if l.startswith("LOSSES"))[7:]))

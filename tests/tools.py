@@ -1,5 +1,5 @@
 "What several tests need: the repository, its notebooks, the command line, small data"
-import contextlib, io, json, os, re, ssl, subprocess, sys, threading
+import contextlib, io, json, os, re, socket, ssl, subprocess, sys, threading
 from contextlib import contextmanager
 from http.server import HTTPServer, ThreadingHTTPServer
 from pathlib import Path
@@ -74,9 +74,17 @@ def serving(handler, pem=None):
         if was: os.environ["SSL_CERT_FILE"] = was
 
 
-def forks(phases, folder, port):
+def free_port():
+    "A port of loopback that nobody listens on: fixed ones meet when tests run side by side"
+    with socket.create_server(("127.0.0.1", 0)) as s: return s.getsockname()[1]
+
+
+def torchrun(n): return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+
+
+def forks(phases, folder):
     "Trainings one after the other, each with its ranks, as forks of one process: what came of each (see tests/forks.py)"
     (folder/"spec.json").write_text(json.dumps(phases))
-    res = run(sys.executable, "-m", "tests.forks", folder/"spec.json", port, cwd=ROOT, env=dict(PYTHONPATH=str(ROOT)), timeout=3600)
+    res = run(sys.executable, "-m", "tests.forks", folder/"spec.json", cwd=ROOT, env=dict(PYTHONPATH=str(ROOT)), timeout=3600)
     assert res.returncode==0, res.stderr[-3000:]
     return [json.loads(l[6:]) for l in res.stdout.splitlines() if l.startswith("PHASE ")]
