@@ -104,6 +104,88 @@ def test_the_same_rows_arrive_from_folders(name, tmp_path):
     if "test" in splits_of(entry(d)): assert rows_of(entry(d, split="test"))==ROWS[:3]
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    d = tmp_path/"d"
+    for o in ("d", "elsewhere/deep"): (tmp_path/o).mkdir(parents=True)
+    write_jsonl(d/"a.jsonl", ROWS[:5])
+    write_jsonl(tmp_path/"elsewhere"/"deep"/"b.jsonl", ROWS[5:])
+    for name, to in dict(more=tmp_path/"elsewhere", again=tmp_path/"elsewhere", up=d, deep=tmp_path/"elsewhere"/"deep").items(): (d/name).symlink_to(to)
+    assert rows_of(entry(d))==ROWS==streamed(entry(d))
+
+
+def test_a_kind_or_a_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(Path("x.jsonl"), ROWS[:3])
+    e = entry("json", data_files=["x.jsonl", "*.jsonl"])
+    assert rows_of(e)==ROWS[:3]
+    Path("json").mkdir()
+    write_jsonl(Path("json/y.jsonl"), ROWS)
+    with pytest.raises(UserError, match="no file x.jsonl in json: it is a folder here"): rows_of(e)
+    assert rows_of(entry("json", data_files=["y.jsonl"]))==ROWS
+
+
+def test_the_same_text_of_another_kind_is_another_source(tmp_path):
+    for n in ("a.txt", "a.jsonl", "b.jsonl"): write_jsonl(tmp_path/n, ROWS)
+    one, two, three = (fingerprint(entry(tmp_path/n)) for n in ("a.txt", "a.jsonl", "b.jsonl"))
+    assert one!=two==three
+
+
+def test_numbers_and_texts_of_another_width_go_together(tmp_path):
+    d = tmp_path/"d"
+    d.mkdir()
+    for n, i, t in (("a", pa.int32(), pa.string()), ("b", pa.int64(), pa.large_string())): pq.write_table(pa.table(dict(n=pa.array([1, 2], i), text=pa.array([n, "z"], t))), d/f"{n}.parquet")
+    assert rows_of(entry(d))==[dict(n=1, text="a"), dict(n=2, text="z"), dict(n=1, text="b"), dict(n=2, text="z")]
+    pq.write_table(pa.table(dict(n=pa.array([1.5]), text=["c"])), d/"c.parquet")
+    with pytest.raises(UserError, match="Field n has incompatible types"): rows_of(entry(d))
+
+
+def test_columns_that_cannot_be_joined_or_read(tmp_path):
+    d = tmp_path/"d"
+    d.mkdir()
+    write_jsonl(d/"train.jsonl", [dict(a=1)])
+    write_jsonl(d/"test.jsonl", [dict(a="x")])
+    with pytest.raises(UserError, match=r"`a` is Value\('int64'\) in part 1 \(`train`\), but Value\('string'\) in part 2 \(`test`\)"): rows_of(entry(d, split="train+test"))
+    pq.write_table(pa.table(dict(m=pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())))), tmp_path/"m.parquet")
+    for f in (rows_of, streamed):
+        with pytest.raises(UserError, match="m.parquet: the column `m` is map<string, int64"): f(entry(tmp_path/"m.parquet"))
+
+
+@pytest.mark.parametrize("readme, says", [("configs: hello", "should be a list of blocks"), ("configs:\n- data_files: x", "should be a list of blocks"), ("a: [", "is no YAML")])
+def test_a_readme_that_says_nothing_sensible(tmp_path, readme, says):
+    write_jsonl(tmp_path/"a.jsonl", ROWS)
+    (tmp_path/"README.md").write_text(f"---\n{readme}\n---\n")
+    with pytest.raises(UserError, match=says): rows_of(entry(tmp_path))
+    assert rows_of(entry(tmp_path, data_files="a.jsonl"))==ROWS
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize("text", ['{"mine": 1}', "[1]", "no json"])
+def test_files_that_are_named_like_those_of_datasets(tmp_path, name, text):
+    write_jsonl(tmp_path/"a.jsonl", ROWS)
+    (tmp_path/name).write_text(text)
+    assert rows_of(entry(tmp_path))==ROWS
+
+
+def test_what_is_no_number_and_two_rows_on_a_line(tmp_path):
+    for lines, says in ((['{"a": 1.5}', '{"a": NaN}'], ":2: this line is not JSON: NaN"), (['{"a": 1}{"a": 2}', "", '{"a": 3}'], ":1:9: this line is not JSON: Extra data")):
+        (tmp_path/"a.jsonl").write_text("\n".join(lines)+"\n")
+        with pytest.raises(UserError, match=says): rows_of(entry(tmp_path/"a.jsonl"))
+
+
+def test_threads_that_read_the_same_new_file(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    for i in range(3):
+        f = write_jsonl(tmp_path/f"{i}.jsonl", [dict(n=i, text=str(tmp_path))]*200)
+        with ThreadPoolExecutor(8) as pool: assert {len(o) for o in pool.map(rows_of, [entry(f)]*8)}=={200}
+
+
+def test_files_with_their_whole_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path/"d").mkdir()
+    write_jsonl(tmp_path/"d"/"a.jsonl", ROWS)
+    for name in ("a.jsonl", "~/d/a.jsonl", str(tmp_path/"d"/"a.jsonl")): assert rows_of(entry("~/d", data_files=name))==ROWS
+
+
 def test_text_is_read_line_by_line(tmp_path):
     (tmp_path/"a.txt").write_bytes("one\r\n\n  two \u2028 \x0b same line\nthree".encode())
     e = entry(tmp_path/"a.txt", type="completion")

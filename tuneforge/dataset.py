@@ -29,7 +29,7 @@ from .files import as_rows, raw_row
 from .hub import ask_hub, fetch_folder, hub_place, push_folder
 from .prompts import FORMATS, find_format, own_function, prompt_format, with_defaults, without_input
 from .report import BAD, CUT_UNTRAINED, HELD_OUT, LONG, LOST, OTHER_SHARD, OVER_CAP, REASONS, SHORT, TWICE, UNDER_WEIGHT, UNTRAINED, DataReport, SourceReport, check_losses, length_counts, load_report, save_report, tally
-from .sources import fingerprint, is_local, load_rows, read_rows, row_places, splits_of
+from .sources import fingerprint, is_listed, is_local, load_rows, read_rows, row_places, splits_of
 from .store import MANIFEST, digest, is_whole, made_once, why_missing
 from .templates import resolve_template
 from .tokens import IGNORE, Batch, Sample, cut_up, disagreement, group_texts, is_tokenised, golden_prompts, tokenise_rows
@@ -475,7 +475,7 @@ def entry_parts(
 ) -> dict: # name of a part -> value, or hash
     "What decides about the rows of an entry, and how they become text"
     f = (own_function(entry.type) or find_format(entry.type)) if isinstance(entry.type, str) else prompt_format
-    where = {"path","chat_template","chat_template_jinja"} | ({"data_files"} if is_local(entry.path) else set())
+    where = {"path","chat_template","chat_template_jinja"} | ({"data_files"} if is_local(entry.path) or is_listed(entry) else set())
     parts = {f"{name}.{k}": v for k,v in entry.model_dump(mode="json", exclude=where).items()}
     return parts | content_parts(entry, name) | {f"{name}: chat template": _template(entry, f, tokenizer), f"{name}: own code": _own_code(f, entry.type)}
 

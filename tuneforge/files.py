@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'PACKED', 'BLOCK', 'NO_UTF8', 'RECODE', 'kind_of', 'DataFile
            'cache_folder', 'content_sum', 'write_whole', 'read_table']
 
 # %% ../nbs/09_files.ipynb #e959a39a
-import csv,hashlib,io,json,os,re,time
+import csv,hashlib,io,json,os,re,time,uuid
 from collections.abc import Callable,Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -167,8 +167,21 @@ def _header(f, line, names, error):
     return names
 
 # %% ../nbs/09_files.ipynb #07a94d3e
+def _check_types(schema, f):
+    from datasets.features.features import generate_from_arrow_type
+    for x in schema:
+        try: generate_from_arrow_type(x.type)
+        except ValueError as e: raise UserError(f"{f.shown}: the column `{x.name}` is {x.type}, and datasets has nothing like it: write it in another form (a map as a list of structs), or leave it out") from e
+
 def _arrow_tables(f):
-    "The tables of a Parquet or Arrow file"
+    "The tables of a Parquet or Arrow file, if `datasets` knows their types"
+    first = True
+    for t in _every_table(f):
+        if first: _check_types(t.schema, f)
+        first = False
+        yield t
+
+def _every_table(f):
     import pyarrow as pa, pyarrow.parquet as pq
     try:
         if f.kind=="parquet": yield from (pa.Table.from_batches([b]) for b in pq.ParquetFile(f.path).iter_batches(1_000))
@@ -280,10 +293,11 @@ def _json_table(block, schema, f):
         t = read(schema)
         if any(_has(x.type, pa.types.is_temporal) for x in t.schema): t = read(sure_schema(t.schema))
     except (UnicodeDecodeError,pa.ArrowInvalid,pa.ArrowNotImplementedError) as e: raise Misfit(str(e)) from e
-    if t.num_rows!=block.count(b"\n")+(not block.endswith(b"\n")) and t.num_rows!=sum(1 for l in block.split(b"\n") if l.strip()): raise Misfit("rows are not lines")
+    blank = b"\n\n" in block or b"\n\r\n" in block or block.startswith((b"\n",b"\r\n"))
+    if (blank or t.num_rows!=block.count(b"\n")+(not block.endswith(b"\n"))) and t.num_rows!=sum(1 for l in block.split(b"\n") if l.strip()): raise Misfit("rows are not lines")
     for x in t.schema:
         if _has(x.type, pa.types.is_floating, deep=True): raise Misfit(f"{x.name} has numbers in blocks")
-        if pa.types.is_floating(x.type) and ((pc.max(pc.abs(t[x.name])).as_py() or 0)>=2**53 or b"." not in block): raise Misfit(f"{x.name} has large numbers")
+        if pa.types.is_floating(x.type) and ((pc.max(pc.abs(t[x.name])).as_py() or 0)>=2**53 or b"." not in block or pc.any(pc.is_nan(t[x.name])).as_py()): raise Misfit(f"{x.name} has large numbers, or what is none")
     return t
 
 def _json_tables(files, schema):
@@ -296,15 +310,26 @@ def _conform(t, schema):
     import pyarrow as pa
     return pa.table([t[f.name].cast(f.type) if f.name in t.column_names else pa.nulls(len(t), f.type) for f in schema], schema=schema)
 
+def _unified(a, b):
+    "One schema for both; numbers and texts may be of another width"
+    import pyarrow as pa
+    try: return pa.unify_schemas([a, b])
+    except pa.ArrowTypeError:
+        both = pa.unify_schemas([a, b], promote_options="permissive")
+        for x in both:
+            types = [s.field(x.name).type for s in (a,b) if x.name in s.names]
+            if types[0]!=types[-1] and not any(all(map(test, types)) for test in (pa.types.is_integer, lambda t: str(t) in ("string","large_string","string_view"))): raise
+        return both
+
 def _write_once(tables, schema, path, bar):
     "Write tables to `path`. Returns None, or a wider schema where one has more columns"
     import pyarrow as pa
     first = next(tables, None)
     if first is None: raise NoRows
-    schema = pa.unify_schemas([schema, first.schema]) if schema else first.schema
+    schema = _unified(schema, first.schema) if schema else first.schema
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as out:
         for t in chain([first], tables):
-            wider = pa.unify_schemas([schema, t.schema.remove_metadata()])
+            wider = _unified(schema, t.schema.remove_metadata())
             if not wider.equals(schema): return wider
             out.write_table(_conform(t, schema))
             bar.update(len(t))
@@ -397,7 +422,7 @@ def write_whole(
     write, # writes it, given a path beside it
 ) -> Path: # the file
     "Make a file that is whole, or not there"
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part") # containers on one disk may have the same process ids, and threads have
     try:
         write(part)
         os.replace(part, path)
