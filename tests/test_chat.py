@@ -624,6 +624,26 @@ def test_parts_to_train_that_are_none(detail, says):
     with pytest.raises(UserError, match=says): encode_rows([row], FORMAL | dict(chat_template="chatml", message_field_training_detail="detail"), tokenizer())
 
 
+DATED = """{% if not date_string is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif %}Today is {{ date_string }}.
+{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+@pytest.mark.parametrize("more, day", [({}, "26 Jul 2024"), (dict(chat_template_kwargs=dict(date_string="1 May 1999")), "1 May 1999")])
+def test_the_date_of_a_template_does_not_change_overnight(more, day):
+    "As Llama's templates write it: the tokens of today are those of any other day, also of prompts"
+    fmt = prompt_format(DatasetOptions(path="x", type="chat_template", chat_template_jinja=DATED, **more), tokenizer())
+    row = dict(messages=[U, dict(role="assistant", content="Hello")])
+    assert fmt.prompt(row)==f"Today is {day}.\n<|user|>{U['content']}</s><|assistant|>"
+    assert "".join(s.text for s in fmt(row)).startswith(f"Today is {day}.\n<|user|>")
+
+
+def test_keys_of_messages_are_those_that_a_row_has():
+    "A table gives all rows the keys of all"
+    rows = [dict(conversations=[{"from": "human", "value": "Q", "role": None, "content": None}, {"from": "gpt", "value": "A", "role": None, "content": None}]),
+        dict(conversations=[{"from": None, "value": None, "role": "user", "content": "Q"}, {"from": None, "value": None, "role": "assistant", "content": "A"}])]
+    one, two = encode_rows(rows, FORMAL | dict(chat_template="chatml"), tokenizer())
+    assert one==two==encode_rows([dict(messages=[dict(role="user", content="Q"), dict(role="assistant", content="A")])], FORMAL | dict(chat_template="chatml"), tokenizer())[0]
+
+
 @pytest.mark.parametrize("entry, says", [(dict(chat_template_kwargs=dict(enable_thnking=False)), "knows no `enable_thnking`"), (dict(chat_template_kwargs=dict(messages=[])), "is given by the data"), (dict(roles_to_train=["assistnt"]), "did you mean `assistant`")])
 def test_options_that_would_do_nothing(entry, says):
     with pytest.raises(UserError, match=says): encode_rows([dict(messages=[ASK])], FORMAL | dict(chat_template="qwen3") | entry, tokenizer())

@@ -1,10 +1,12 @@
 "Every prompt format, against text written out by hand, on several kinds of tokenizers"
+import json, sys
 import pytest
 from hypothesis import given, settings, strategies as st
 from tuneforge.config import DatasetOptions, UserError
-from tuneforge.prompts import FORMATS, STYLES, PromptFormat, fill, from_function, prompt_format, register
+from tuneforge.prompts import FORMATS, STYLES, PromptFormat, code_of, fill, from_function, named_function, own_function, prompt_format, register
 from tuneforge.tokens import IGNORE, disagreement, encode_rows, tokenise_rows
 from tests.tokenizers import tokenizer
+from tests.tools import ROOT, run
 
 WITH = "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request."
 WITHOUT = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -194,6 +196,69 @@ def test_own_functions(tmp_path, monkeypatch):
     for f, says in [("riddles:nothing", "no function `nothing` in"), ("riddles:odd", "odd failed: TypeError"), ("riddles:none", "should return pairs"), ("nosuch:f", "unknown `type: nosuch:f`")]:
         with pytest.raises(UserError, match=says): encode_rows([dict(q="Q?", a="A.")], dict(type=f), tok)
     with pytest.raises(UserError, match="row 1 .*riddle failed: KeyError: 'a'"): encode_rows([dict(q="Q?")], dict(type="riddles:riddle", field="q"), tok)
+
+
+OWN = """import functools, re
+import beside
+WORDS = {"one", "two", "three"}
+CALLED = re.compile("x+")
+def more(row): return row["a"]+SUFFIX
+SUFFIX = "!"
+class Kind:
+    mark = "k"
+    def of(self, row): return self.mark+row
+    @property
+    def name(self): return "name"
+KIND = Kind()
+KIND.own = 1
+@functools.lru_cache
+def slow(x): return x+"s"
+half = functools.partial(more, dict(a="h"))
+def outer(word):
+    def inner(row): return word
+    return inner
+told = outer("w")
+def other(): return "other"
+def riddle(row, what="Q: "):
+    ends = [x+y for x in "ab" for y in (lambda: "c")()]
+    return [(what+row["q"], False), (more(row)+beside.end()+KIND.of("")+slow("")+half()+told(row)+CALLED.pattern+str("one" in WORDS), True)]
+"""
+EDITS = [("SUFFIX = \"!\"", "SUFFIX = \"?\""), ('row["a"]+SUFFIX', 'SUFFIX+row["a"]'), ('mark = "k"', 'mark = "K"'), ("self.mark+row", "row+self.mark"), ("KIND.own = 1", "KIND.own = 2"), ('x+"s"', 'x+"S"'), ('a="h"', 'a="H"'),
+    ('outer("w")', 'outer("W")'), ("return word", "return word*2"), ('what="Q: "', 'what="Q? "'), ('lambda: "c"', 'lambda: "d"'), ('"two", "three"', '"two"'), ('"x+"', '"y+"'), ('"one" in', '"two" in'), ('return "name"', 'return "Name"')]
+SAME = [("import functools, re", "# a comment\n\nimport functools, re"), ('return "other"', 'return "another"'), ("def riddle(", "def fourth(): pass\n\ndef riddle(")]
+
+def test_what_own_code_is(tmp_path, monkeypatch):
+    "The same in another process, with another seed of hashes; another after any edit of what the function uses, and after no other"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("riddles", "beside"): monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path/"beside.py").write_text("def end(): return 'end'\ndef never(): return 1\n")
+    def code(text):
+        (tmp_path/"riddles.py").write_text(text)
+        return json.dumps(code_of(own_function("riddles:riddle")))
+    was = code(OWN)
+    for old, new in EDITS: assert old in OWN and code(OWN.replace(old, new))!=was, old
+    for old, new in SAME: assert old in OWN and code(OWN.replace(old, new))==was, old
+    assert code(OWN)==was
+    other = run(sys.executable, "-c", "import json; from tuneforge.prompts import *; print(json.dumps(code_of(own_function('riddles:riddle'))))", cwd=tmp_path, env=dict(PYTHONHASHSEED="7", PYTHONPATH=str(ROOT)))
+    assert other.stdout.strip()==was, other.stderr
+    (tmp_path/"beside.py").write_text("def end(): return 'the end'\ndef never(): return 1\n")
+    other = run(sys.executable, "-c", "import json; from tuneforge.prompts import *; print(json.dumps(code_of(own_function('riddles:riddle'))))", cwd=tmp_path, env=dict(PYTHONPATH=str(ROOT)))
+    assert other.stdout.strip() not in ("", was), other.stderr
+
+
+def test_own_code_that_does_not_load(tmp_path, monkeypatch):
+    "It is named with its line, leaves nothing behind, and is loaded as soon as it is mended; a built-in name is never looked for in a file"
+    monkeypatch.chdir(tmp_path)
+    f = tmp_path/"broken_riddles.py"
+    for text, says in [("x = 1\ndef f(row) return 1\n", ":2: SyntaxError: "), ("import no_such_thing\n", ":1: ModuleNotFoundError: No module named 'no_such_thing'"), ("\n1/0\n", ":2: ZeroDivisionError")]:
+        f.write_text(text)
+        with pytest.raises(UserError, match="broken_riddles.py"+says): own_function("broken_riddles:f")
+        assert "broken_riddles" not in sys.modules
+    f.write_text("def f(row): return [('a', False), ('b', True)]\n")
+    assert own_function("broken_riddles:f")({})==[("a", False), ("b", True)]
+    (tmp_path/"alpaca.py").write_text("1/0")
+    assert encode_rows([ROW], dict(type="alpaca:chat"), tokenizer()) and named_function("alpaca:chat")[1]
 
 
 def test_registered_functions():

@@ -1,9 +1,11 @@
 "Tokens and masks, against the tokenizer alone"
+import json
+from datetime import date
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from tuneforge.config import DatasetOptions, TokenizerOptions, UserError
-from tuneforge.prompts import Segment, prompt_format
+from tuneforge.prompts import Segment, from_function, prompt_format
 from tuneforge.tokens import IGNORE, check_golden, encode_rows, golden_prompts, load_tokenizer, tokenise, tokenise_rows
 from tests.tokenizers import tokenizer
 
@@ -96,6 +98,19 @@ def test_golden_prompts_find_changes():
     check_golden(golden, [entry], tokenizer())
     with pytest.raises(UserError, match="the chat template has changed"): check_golden(golden, [entry.model_copy(update=dict(chat_template="chatml"))], tokenizer())
     with pytest.raises(UserError, match="tokenizer is no longer that of the training"): check_golden(golden, [entry], tokenizer("metaspace"))
+
+
+def test_golden_prompts_are_rows_that_json_keeps():
+    "A column without a value stays where a format of one's own reads it; a date stays out where it is read"
+    plain = lambda row: [((row["ctx"] or "")+row["q"], False), ("A", True)]
+    dated = lambda row: [(f"{row['when'].year}: {row['q']}", False), ("A", True)]
+    rows = [dict(q="Who?", ctx=None, when=date(2024, 1, 2)), dict(q="Where?", ctx="Bagol ", when=date(2024, 1, 2))]
+    made = {f: golden_prompts(rows, from_function(f, DatasetOptions(path="x")), tokenizer()) for f in (plain, dated)}
+    assert made[dated]==[] and [g["text"] for g in made[plain]]==["Who?", "Bagol Where?"]
+    kept = json.loads(json.dumps(made[plain]))
+    assert [from_function(plain, DatasetOptions(path="x")).prompt(g["row"]) for g in kept]==["Who?", "Bagol Where?"]
+    alpaca = prompt_format(DatasetOptions(path="x", type="alpaca"), tokenizer())
+    assert [g["row"] for g in golden_prompts([dict(instruction="I?", input=None, output="O", when=rows[0]["when"])], alpaca, tokenizer())]==[dict(instruction="I?", output="O", when="2024-01-02")]
 
 
 def test_nothing_is_something(): assert encode_rows([], {}, TOK)==[]

@@ -18,7 +18,7 @@ from .config import CHECKS, DatasetOptions, log
 from .document import Document, Problem, UserError, did_you_mean, nearest
 from .remote import is_url
 from .prompts import FORMATS, PromptFormat, Segment, find_format, kind, need, register
-from .templates import TEMPLATES, resolve_template
+from .templates import DAY, TEMPLATES, resolve_template, without_clock
 
 # %% ../nbs/12_chat.ipynb #2c5c183a
 @cache
@@ -376,8 +376,8 @@ def _keys(first, opts):
     keys = dict(role=opts.message_field_role, content=opts.message_field_content) | (opts.message_property_mappings or {})
     for k,names in _OTHER.items():
         given = f"message_field_{k}" in opts.model_fields_set or k in (opts.message_property_mappings or {})
-        if given or keys[k] in first: continue
-        keys[k] = next((n for n in names if n in first), keys[k])
+        if given or first.get(keys[k]) is not None: continue # a table has all keys, also where a row has none of them
+        keys[k] = next((n for n in names if first.get(n) is not None), keys[k])
         if keys[k]!=k: _say_once(f"{opts.path}: messages have no `{k}`; `message_field_{k}: {keys[k]}` is used")
     return keys if opts.field_thinking in keys.values() else keys | {opts.template_thinking_key: opts.field_thinking}
 
@@ -578,7 +578,8 @@ def chat_template(
         if k in ("messages","tools","add_generation_prompt") or k not in jinja: raise UserError(f"datasets: {opts.path}: `chat_template_kwargs`: " + (f"`{k}` is given by the data" if k in jinja else f"this chat template knows no `{k}`"))
     for r in opts.roles_to_train or []:
         if r not in role_names(opts) and (near := nearest(r, role_names(opts))): raise UserError(f"datasets: {opts.path}: `roles_to_train`: {r!r} is no role, did you mean `{near[0]}`?")
-    template = ChatTemplate(jinja, tokenizer.special_tokens_map | (opts.chat_template_kwargs or {}), [*([eos] if eos else []), *(opts.eot_tokens or [])])
+    if "strftime_now" in jinja and "date_string" not in (opts.chat_template_kwargs or {}): _say_once(f"{opts.path}: the chat template writes the date of today; {DAY:%d %b %Y} stands there instead, in training and in what is asked here, so that neither changes overnight. `chat_template_kwargs: {{date_string: …}}` sets another, where a template takes it")
+    template = ChatTemplate(without_clock(jinja), tokenizer.special_tokens_map | (opts.chat_template_kwargs or {}), [*([eos] if eos else []), *(opts.eot_tokens or [])])
     if eos in (opts.eot_tokens or []) and opts.train_on_eot not in (None, opts.train_on_eos):
         raise UserError(f"datasets: {opts.path}: {eos} is the EOS token, so `train_on_eos: {opts.train_on_eos}` and `train_on_eot: {opts.train_on_eot}` contradict each other: take it out of `eot_tokens`")
     for t in opts.eot_tokens or []:

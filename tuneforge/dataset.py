@@ -27,11 +27,11 @@ from .mixing import MIX, SHUFFLE, again, copies, draw, draw_valid, fingerprints,
 from .engines import Encoder, choose_encoder, verified
 from .files import as_rows, raw_row
 from .hub import ask_hub, fetch_folder, hub_place, push_folder
-from .prompts import FORMATS, find_format, own_function, prompt_format, with_defaults, without_input
+from .prompts import code_of, find_format, named_function, prompt_format, with_defaults, without_input
 from .report import BAD, CUT_UNTRAINED, HELD_OUT, LONG, LOST, OTHER_SHARD, OVER_CAP, REASONS, SHORT, TWICE, UNDER_WEIGHT, UNTRAINED, DataReport, SourceReport, check_losses, length_counts, load_report, save_report, tally
 from .sources import fingerprint, is_listed, is_local, load_rows, read_rows, row_places, splits_of
 from .store import MANIFEST, digest, is_whole, made_once, why_missing
-from .templates import resolve_template
+from .templates import TEMPLATES, resolve_template
 from .tokens import IGNORE, Batch, Sample, cut_up, disagreement, group_texts, is_tokenised, golden_prompts, tokenise_rows
 
 # %% ../nbs/14_dataset.ipynb #59f3a685
@@ -444,15 +444,15 @@ def tokenizer_parts(
     return {"tokenizer": digest(back.to_str()), "special tokens": digest(tokenizer.special_tokens_map)}
 
 # %% ../nbs/14_dataset.ipynb #432059c7
-def _own_code(f, type):
-    "The code of a user's own format: its module, or of a notebook's the function"
-    if f is None or f.__module__.startswith("tuneforge."): return None
-    return digest(inspect.getsource(f if type in FORMATS else inspect.getmodule(f)))
+def _own_code(f):
+    "The code of a user's own format, as it is loaded"
+    return None if f.__module__.startswith("tuneforge.") else digest(code_of(f))
 
 def _template(entry, f, tokenizer):
     "The text of the chat template that a format reads"
-    reads = f is None or f.__module__=="tuneforge.chat" or "tokenizer" in inspect.signature(f).parameters and not f.__module__.startswith("tuneforge.")
-    return digest(resolve_template(entry.chat_template, entry.chat_template_jinja, tokenizer.chat_template) or "") if reads else None
+    reads = f.__module__=="tuneforge.chat" or "tokenizer" in inspect.signature(f).parameters and not f.__module__.startswith("tuneforge.")
+    named = entry.chat_template or (entry.conversation if entry.conversation in TEMPLATES else None) # of old `sharegpt` entries
+    return digest(resolve_template(named, entry.chat_template_jinja, tokenizer.chat_template) or "") if reads else None
 
 def named_entries(
     opts:DataOptions, # `datasets`, `test_datasets`
@@ -474,10 +474,10 @@ def entry_parts(
     name:str, # `datasets[0]`
 ) -> dict: # name of a part -> value, or hash
     "What decides about the rows of an entry, and how they become text"
-    f = (own_function(entry.type) or find_format(entry.type)) if isinstance(entry.type, str) else prompt_format
+    f = named_function(entry.type)[0] if isinstance(entry.type, str) else prompt_format
     where = {"path","chat_template","chat_template_jinja"} | ({"data_files"} if is_local(entry.path) or is_listed(entry) else set())
     parts = {f"{name}.{k}": v for k,v in entry.model_dump(mode="json", exclude=where).items()}
-    return parts | content_parts(entry, name) | {f"{name}: chat template": _template(entry, f, tokenizer), f"{name}: own code": _own_code(f, entry.type)}
+    return parts | content_parts(entry, name) | {f"{name}: chat template": _template(entry, f, tokenizer), f"{name}: own code": _own_code(f)}
 
 # %% ../nbs/14_dataset.ipynb #cc137c71
 _PLAIN = ["sequence_len","min_sample_len","excess_length_strategy","on_untrained_row","on_bad_row","train_on_inputs","dataset_exact_deduplication","dataset_shard_num","tokenizer_engine"]

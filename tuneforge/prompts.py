@@ -8,13 +8,15 @@ Docs: https://tuneforge.github.io/tuneforge/prompts.html.md"""
 __all__ = ['FORMATS', 'LAYOUTS', 'STYLES', 'PREAMBLES', 'INSTRUCT', 'ALIASES', 'LLAMA2_SYSTEM', 'Segment', 'kind', 'need',
            'PromptFormat', 'register', 'split_places', 'fill', 'Layout', 'Instruct', 'instruct', 'completion',
            'own_tokens_format', 'input_output', 'speech', 'pygmalion', 'llama2_chat', 'without_input', 'custom',
-           'own_function', 'from_function', 'with_defaults', 'find_format', 'prompt_format']
+           'own_function', 'from_function', 'code_of', 'with_defaults', 'named_function', 'find_format',
+           'prompt_format']
 
 # %% ../nbs/11_prompts.ipynb #4ab1e97d
-import importlib,importlib.util,inspect,re,sys
+import importlib,importlib.util,inspect,os,re,sys,sysconfig,traceback,uuid
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Callable
 import yaml
 from .config import CustomFormat, DataOptions, DatasetOptions, log
@@ -395,17 +397,33 @@ def custom(
     return PromptFormat("custom", {spec.field_instruction: str, spec.field_output: str}, segments, prompt)
 
 # %% ../nbs/11_prompts.ipynb #811bb885
-def _module(name):
-    "A module by name: from the present folder, or as Python finds it; None if there is no such module"
-    path = Path.cwd()/f"{name.replace('.', '/')}.py"
-    if not path.is_file():
-        try: return importlib.import_module(name) if importlib.util.find_spec(name) else None
-        except ModuleNotFoundError: return None
-    if name in sys.modules and getattr(sys.modules[name], "__file__", None)==str(path): return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+_LOADED = {} # path of a user's file -> (its bytes, the module that they made)
+
+def _load(name, path):
+    "The module in a file as the file is now; what lies beside it may be imported"
+    text = path.read_bytes()
+    if _LOADED.get(path, (None,))[0]==text: return _LOADED[path][1]
+    if (here := str(Path.cwd())) not in sys.path: sys.path.append(here)
+    before,module = sys.modules.get(name),importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
+    sys.modules[name] = module
+    try: exec(compile(text, str(path), "exec"), vars(module)) # not by the loader: its bytecode is that of the second in which a file was changed
+    except BaseException:
+        if before: sys.modules[name] = before
+        else: del sys.modules[name]
+        raise
+    _LOADED[path] = text,module
     return module
+
+def _module(name):
+    "A module by name: from the present folder, or as Python finds it; None if there is no such module. Raises `UserError` for one that fails."
+    path = Path.cwd()/f"{name.replace('.', '/')}.py"
+    try: found = path.is_file() or importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError: found = False # of the package
+    if not found: return None
+    try: return _load(name, path) if path.is_file() else importlib.import_module(name)
+    except Exception as e: # whatever the user's own code does
+        line = e.lineno if isinstance(e, SyntaxError) else next((o.lineno for o in reversed(traceback.extract_tb(e.__traceback__)) if o.filename==str(path)), None)
+        raise UserError(f"{path if path.is_file() else name}{f':{line}' if line else ''}: {type(e).__name__}: {e.msg if isinstance(e, SyntaxError) else e}") from e
 
 def own_function(
     name:str, # `module:function`
@@ -438,6 +456,59 @@ def from_function(
         return "".join(s.text for s in segs[:next((i for i,s in enumerate(segs) if s.train), len(segs))])
     return PromptFormat(f.__name__, {}, segments, prompt)
 
+# %% ../nbs/11_prompts.ipynb #0946b84c
+_INSTALLED = tuple(os.path.realpath(sysconfig.get_path(k)) for k in ("stdlib","purelib","platlib"))
+
+def _is_own(name):
+    "Whether a module is the user's: neither Python's, nor installed, nor of this package"
+    if name=="__main__" or name not in sys.modules: return name=="__main__"
+    file = vars(sys.modules[name]).get("__file__")
+    return bool(file) and name.partition(".")[0]!="tuneforge" and not os.path.realpath(file).startswith(_INSTALLED)
+
+def _instructions(code): # without the lines on which they stand
+    return [code.co_code.hex(),code.co_names,code.co_varnames,code.co_freevars,[_instructions(o) if isinstance(o, CodeType) else code_of(o) for o in code.co_consts]]
+
+def _names(code): return {*code.co_names, *(n for o in code.co_consts if isinstance(o, CodeType) for n in _names(o))}
+
+def _parts(f, seen):
+    "What the code of a function and all that it names are"
+    names = _names(f.__code__)
+    used = {n: f.__globals__[n] for n in names if n in f.__globals__}
+    used |= {f"{m.__name__}.{n}": vars(m)[n] for m in used.values() if isinstance(m, ModuleType) and _is_own(m.__name__) for n in names if n in vars(m)}
+    closure = [c.cell_contents for c in f.__closure__ or () if c!=type(c)()] # one that is empty has nothing in it yet
+    return [_instructions(f.__code__), *(code_of(o, seen) for o in (used, closure, f.__defaults__, f.__kwdefaults__))]
+
+# %% ../nbs/11_prompts.ipynb #59ef5b94
+def _hash(o):
+    "A hash of the content of any object; another each time where there is none"
+    from datasets.fingerprint import Hasher
+    try: return Hasher.hash(o)
+    except Exception: return uuid.uuid4().hex # it may hold anything: a file, a lock
+
+def code_of(
+    o, # a function, or anything that one uses
+    seen:set|None=None, # functions and classes that were met before
+) -> list|str: # the same in each process, and another where anything in it changes
+    "What an object does or holds, down to what is installed"
+    seen = set() if seen is None else seen
+    if isinstance(o, (str,int,float,bool,bytes,type(None))): return repr(o)
+    if isinstance(o, (list,tuple)): return [type(o).__name__,*(code_of(v, seen) for v in o)]
+    if isinstance(o, dict): return [[code_of(k, seen),code_of(v, seen)] for k,v in sorted(o.items(), key=lambda kv: repr(kv[0]))]
+    if isinstance(o, (set,frozenset)): return sorted(str(code_of(v, seen)) for v in o)
+    if isinstance(o, ModuleType): return o.__name__
+    if isinstance(o, MethodType): return [code_of(o.__func__, seen),code_of(o.__self__, seen)]
+    if isinstance(o, (FunctionType,type)):
+        name = f"{o.__module__}.{o.__qualname__}"
+        if id(o) in seen or not _is_own(o.__module__): return name
+        seen.add(id(o))
+        if isinstance(o, FunctionType): return [name,*_parts(o, seen)]
+        return [name,code_of(o.__bases__, seen),code_of({k: v for k,v in vars(o).items() if k not in ("__dict__","__weakref__","__module__","__doc__")}, seen)]
+    if isinstance(o, (staticmethod,classmethod)): return code_of(o.__func__, seen)
+    if isinstance(o, property): return code_of([o.fget,o.fset], seen)
+    if isinstance(o, partial): return code_of([o.func,o.args,o.keywords], seen)
+    if _is_own(type(o).__module__) and "__dict__" in dir(o) and id(o) not in seen: return [code_of(type(o), seen|{id(o)}),code_of(vars(o), seen|{id(o)})]
+    return code_of(o.__wrapped__, seen) if "__wrapped__" in dir(o) else _hash(o)
+
 # %% ../nbs/11_prompts.ipynb #ee6cdbbf
 def with_defaults(
     entry:DatasetOptions, # of `datasets`
@@ -448,15 +519,22 @@ def with_defaults(
     if opts is None: return entry
     return entry.model_copy(update={k: vars(opts)[k] for k in keys if vars(entry)[k] is None and vars(opts)[k] is not None})
 
+def named_function(
+    name:str, # as in the config's `type`
+) -> tuple[Callable,bool]: # (function, whether it is filed and makes a `PromptFormat`; if not, it makes a row's segments)
+    "What is filed under a name, or the user's own function. Raises `UserError` with the nearest name."
+    for n in (name, name.removesuffix(".load"), "sharegpt" if re.match(r"sharegpt[:.]", name) else ""):
+        if n in FORMATS: return FORMATS[n],True
+    if f := own_function(name): return f,False
+    say = did_you_mean(name, FORMATS) or f"; there are {', '.join(sorted(FORMATS))}, and `module:function` for one of your own"
+    raise UserError(f"unknown `type: {name}`{say}")
+
 def find_format(
     name:str, # as in the config's `type`
 ) -> Callable: # (`DatasetOptions`, tokenizer) -> `PromptFormat`
-    "What is filed under a name, or the user's own function. Raises `UserError` with the nearest name."
-    for n in (name, name.removesuffix(".load"), "sharegpt" if re.match(r"sharegpt[:.]", name) else ""):
-        if n in FORMATS: return FORMATS[n]
-    if f := own_function(name): return lambda opts,tokenizer=None: from_function(f, opts, tokenizer)
-    say = did_you_mean(name, FORMATS) or f"; there are {', '.join(sorted(FORMATS))}, and `module:function` for one of your own"
-    raise UserError(f"unknown `type: {name}`{say}")
+    "What makes a format. Raises `UserError` with the nearest name."
+    f,filed = named_function(name)
+    return f if filed else lambda opts,tokenizer=None: from_function(f, opts, tokenizer)
 
 def prompt_format(
     opts:DatasetOptions, # an entry of `datasets`

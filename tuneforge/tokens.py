@@ -459,6 +459,16 @@ def disagreement(
     return f"at character {at} inference asks {show(want)}, training reads {show(have)}"
 
 # %% ../nbs/13_tokens.ipynb #6d107ad1
+def _kept(row, fmt):
+    "A row as JSON keeps it, without empty columns if that is the same; None where JSON has no such value (a date), and it counts"
+    want = fmt.prompt(row)
+    for r in ({k: v for k,v in row.items() if v is not None}, row):
+        plain = json.loads(json.dumps(r, default=str))
+        try:
+            if fmt.prompt(plain)==want: return plain
+        except UserError: pass # a format of one's own may need the column, or a date that is none any more
+    return None
+
 def golden_prompts(
     rows, # some rows of a dataset
     fmt:PromptFormat, # how rows become text
@@ -466,7 +476,7 @@ def golden_prompts(
     entry:int=0, # number of the dataset in the config
 ) -> list[dict]: # `entry`, `row`, `text`, `ids` of each
     "Prompts to compare with later; rows whose prompt is empty have none"
-    keep = [{k: v for k,v in r.items() if v is not None} for r in rows if not is_tokenised(r)]
+    keep = [k for r in rows if not is_tokenised(r) and (k := _kept(r, fmt)) is not None]
     made = [dict(entry=entry, row=r, text=fmt.prompt(r), ids=prompt_ids(fmt, tokenizer, r)) for r in keep]
     return [g for g in made if g["text"]]
 
