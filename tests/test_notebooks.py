@@ -18,6 +18,7 @@ def run_notebook(nb, slow, said):
     from nbdev.test import test_nb
     with open(said, "w") as f:
         for fd in (1, 2): os.dup2(f.fileno(), fd)
+    for m in [m for m in sys.modules if m.partition(".")[0]=="tuneforge"]: del sys.modules[m] # the server may have begun with what another test preloads: a page registers its own
     os.chdir(ROOT/"nbs")
     multiprocessing.set_start_method("fork", force=True) # for what a cell starts, as in a fresh interpreter
     passed,_ = test_nb(nb, skip_flags=get_config().tst_flags.split(), force_flags=["slow"]*slow, basepath=ROOT)
