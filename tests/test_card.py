@@ -66,6 +66,22 @@ def test_own_words_stay(home):
     assert "learning_rate: 0.0001" in Path("new/README.md").read_text() and not Path("new/MODEL_CARD.md").exists()
 
 
+@pytest.mark.parametrize("kw", [{}, LORA], ids=["full", "adapter"])
+@pytest.mark.parametrize("text", [b"---\ntitle: a: b\n---\nMine.\n", "# Mod\u00e8le\n".encode("latin-1")], ids=["no YAML", "Latin 1"])
+def test_a_readme_that_nobody_can_read_stays(home, kw, text):
+    Path("out").mkdir()
+    Path("out/README.md").write_bytes(text)
+    train(config(max_steps=1, **kw))
+    assert Path("out/README.md").read_bytes()==text and "# out" in Path("out/MODEL_CARD.md").read_text() and not Path("out/.README.md.kept").exists()
+
+
+def test_a_readme_comes_back_after_a_kill(tmp_path):
+    (tmp_path/".README.md.kept").write_text("Mine.") # what a process left that was killed while it saved
+    (tmp_path/"README.md").write_text("a library's")
+    with no_other_card(tmp_path): (tmp_path/"README.md").write_text("a library's")
+    assert (tmp_path/"README.md").read_text()=="Mine." and not (tmp_path/".README.md.kept").exists()
+
+
 def test_a_hub_model_is_named(home):
     run = dict(config=dict(base_model="someone/base", adapter="qlora", datasets=[dict(path=p) for p in ("someone/rows", "qa.jsonl", "./x", "s3://b/c", "json")]))
     data = ModelCard(f"---\n{front_matter(run)}\n---\n").data

@@ -389,7 +389,7 @@ def test_embeddings_keep_whole_states(name, model):
 
 def test_schedule_free_warms_up_by_itself(model):
     made = lambda **kw: make_optimizer(copy.deepcopy(model), learning(optimizer="schedule_free_adamw", **kw), 100).param_groups[0]["warmup_steps"]
-    assert made(warmup_steps=9)==9 and made()==3 and made(lr_scheduler="constant")==0 and made(lr_scheduler="constant_with_warmup", warmup_ratio=.2)==20
+    assert made(warmup_steps=9)==9 and made()==3 and made(lr_scheduler="constant")==0 and made(lr_scheduler="constant_with_warmup", warmup_ratio=.2)==20 and made(warmup_ratio=0)==0
     f = schedule(learning(optimizer="schedule_free_adamw", warmup_steps=9), 100)
     assert {f(s) for s in range(101)}=={1.}
 

@@ -1,8 +1,9 @@
 "The trainer against a bare PyTorch loop, against itself, and against other ways to group the same tokens"
-import json, sys
+import json, shutil, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainingArguments
 from tuneforge.all import *
 from tests.tools import ROOT, run, torchrun, write_jsonl
 
@@ -62,6 +63,44 @@ def test_two_runs_are_bit_identical(data, tmp_path):
 
 GROUPINGS = {"one batch": dict(micro_batch_size=54), "accumulated": dict(micro_batch_size=9, gradient_accumulation_steps=6), "single rows": dict(gradient_accumulation_steps=54),
     "packed": dict(micro_batch_size=16, sample_packing=True), "packed, accumulated": dict(micro_batch_size=2, gradient_accumulation_steps=8, sample_packing=True)}
+
+
+def test_one_process_is_one_device(data, tmp_path, monkeypatch, caplog):
+    "Where two GPUs are seen, transformers would wrap the model in DataParallel, and double the loss"
+    kw = dict(micro_batch_size=2, max_steps=2)
+    alone, init = losses(train(config(data, tmp_path/"a", **kw))), TrainingArguments.__post_init__
+    def two(self):
+        init(self)
+        self._n_gpu = 2
+    monkeypatch.setattr(TrainingArguments, "__post_init__", two)
+    assert losses(train(config(data, tmp_path/"b", **kw)))==alone
+    assert "2 GPUs are here, and one process trains on one of them: `torchrun --nproc-per-node 2" in caplog.text
+
+
+def test_nothing_of_an_earlier_run_is_taken_for_this_one(data, tmp_path):
+    "An adapter, then the whole model; an adapter on a changed base, then one on the base: transformers and PEFT load what was trained last"
+    kw, out = dict(max_steps=2, micro_batch_size=2, base_model="tiny:llama?num_hidden_layers=1"), tmp_path/"out"
+    ids = torch.arange(20, 40)[None]
+    def same(run, model): return torch.equal(run.model.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    train(config(data, out, **LORA | kw | dict(relora_steps=3, relora_warmup_steps=1, relora_anneal_steps=1, max_steps=4)))
+    assert (out/"adapted_base.safetensors").is_file()
+    assert same(train(config(data, out, **LORA | kw)), load_adapter(load_model(config(data, out, **kw)), out)) and not (out/"adapted_base.safetensors").exists()
+    (out/"mine.txt").write_text("notes")
+    assert same(train(config(data, out, **kw)), AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+    assert not list(out.glob("adapter_*")) and (out/"mine.txt").is_file() and sorted(p.name for p in out.rglob("adapter*.safetensors"))==["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("says, sampled", [(dict(temperature=0.6, top_p=0.9), True), (dict(length_penalty=2.0), False)])
+def test_a_base_whose_wishes_cannot_be_saved(data, tmp_path, adapter, says, sampled):
+    "Early Llama 2: a temperature, and no `do_sample`"
+    shutil.copytree(resolve_model("tiny:llama?num_hidden_layers=1"), tmp_path/"base")
+    f = tmp_path/"base"/"generation_config.json"
+    f.write_text(json.dumps(json.loads(f.read_text()) | says))
+    train(config(data, tmp_path/"out", base_model=str(tmp_path/"base"), max_steps=2, save_strategy="steps", save_steps=1, **adapter))
+    kept = json.loads((tmp_path/"out"/"generation_config.json").read_text())
+    assert kept.get("do_sample", False)==sampled and all((kept.get(k)==v)==sampled for k, v in says.items()) and kept["eos_token_id"]
+    with pytest.raises(UserError, match="`output_dir` is the folder of `base_model`"): train(config(data, tmp_path/"base", base_model=str(tmp_path/"base"), max_steps=2))
 
 
 def test_loss_and_gradient_do_not_depend_on_grouping(data, tmp_path):

@@ -189,9 +189,10 @@ def sealed(
     return f"{text}\n<!-- made by tuneforge, replaced by its next run unless it is changed: {hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 def is_ours(
-    text:str, # of a card
+    card:Path, # a file
 ) -> bool: # whether a run made it, and nobody changed it
     "Whether a card may be replaced; so may the blank form that libraries write"
+    text = card.read_text(encoding="utf-8", errors="replace")
     m = _MARK.search(text)
     return bool(m) and sealed(text[:m.start()])==text or "# Model Card for Model ID" in text and "[More Information Needed]" in text
 
@@ -201,7 +202,7 @@ def write_card(
 ) -> Path: # where it is
     "Write the card of a run; a `README.md` of the user's stays"
     at = folder/CARD
-    if at.is_file() and not is_ours(at.read_text(encoding="utf-8")):
+    if at.is_file() and not is_ours(at):
         at = folder/OTHER
         log.warning(f"{folder/CARD} is not of a run's making, and stays; the card of this run is {at}")
     write_text(at, sealed(text))
@@ -212,9 +213,10 @@ def write_card(
 def no_other_card(
     folder:Path, # where something is saved
 ):
-    "What a library does to `README.md` meanwhile is undone"
-    at = folder/CARD
-    before = at.read_bytes() if at.is_file() else None
-    yield
-    if before is None: at.unlink(missing_ok=True)
-    else: at.write_bytes(before)
+    "What a library does to `README.md` meanwhile is undone; it does not see one that is there already"
+    at,kept = folder/CARD,folder/f".{CARD}.kept" # after a kill it is still there, and comes back the next time
+    if at.is_file() and not kept.exists(): at.rename(kept)
+    try: yield
+    finally:
+        at.unlink(missing_ok=True)
+        if kept.is_file(): kept.rename(at)

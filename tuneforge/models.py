@@ -6,8 +6,8 @@ Docs: https://tuneforge.github.io/tuneforge/models.html.md"""
 
 # %% auto #0
 __all__ = ['LONGER', 'ELSE', 'OWN', 'named_class', 'model_config', 'scale_rope', 'override', 'positions', 'check_length',
-           'Footprint', 'footprint', 'free_memory', 'too_big', 'broken_files', 'model_class', 'load_model',
-           'untrained_tokens', 'finished']
+           'Footprint', 'footprint', 'free_memory', 'too_big', 'broken_files', 'model_class', 'that_can_be_saved',
+           'load_model', 'untrained_tokens', 'finished']
 
 # %% ../nbs/20_models.ipynb #290111e1
 import hashlib,json,os
@@ -274,6 +274,21 @@ def _load(opts, device, config, quant, dtype):
     check_offload(model)
     return model if args else model.to(here)
 
+# %% ../nbs/20_models.ipynb #a9d99c1b
+def that_can_be_saved(
+    config, # transformers' GenerationConfig
+    name:str, # of the model, for messages
+): # -> GenerationConfig
+    "How a model generates, in a form that transformers saves"
+    from transformers import GenerationConfig
+    for more in ({}, dict(do_sample=True)):
+        new,problem = GenerationConfig.from_dict(config.to_dict() | more),None
+        try: new.validate(strict=True)
+        except ValueError as e: problem = " ".join(str(e).split())
+        if problem is None: return new
+    log.warning(f"the generation_config.json of {name} is not valid and is left out: {problem}")
+    return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+
 # %% ../nbs/20_models.ipynb #4ea5df4f
 def load_model(
     opts:ModelOptions, # what to load, and how
@@ -288,6 +303,7 @@ def load_model(
     model = _load(opts, device, config, given or bits, precision.weights)
     if bits: finish_quantisation(model, bits, opts.quantize_moe_experts is not False)
     keep_4bit_layout(model)
+    if model.can_generate(): model.generation_config = that_can_be_saved(model.generation_config, opts.base_model)
     model.config.use_cache = False # in training there is nothing to reuse; `generate` turns it on for itself
     if tokenizer is not None: fit_vocabulary(model, tokenizer, opts, new)
     return model.eval()

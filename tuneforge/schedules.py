@@ -133,7 +133,7 @@ def warmup_steps(
 ) -> int: # optimizer steps
     "Steps of warmup; 3 % of all, at most 100, where the config says nothing"
     if opts.warmup_steps is not None: return min(opts.warmup_steps, total)
-    return min(math.ceil(total*(opts.warmup_ratio or 0.03)), total if opts.warmup_ratio else 100)
+    return min(math.ceil(total*0.03), 100) if opts.warmup_ratio is None else math.ceil(total*opts.warmup_ratio)
 
 # %% ../nbs/29_schedules.ipynb #753bbf3a
 CURVES = {"cosine": cosine, "linear": polynomial, "cosine_with_restarts": restarts, "polynomial": polynomial, "cosine_with_min_lr": cosine, "cosine_warmup_with_min_lr": cosine, "rex": rex}

@@ -61,7 +61,7 @@ def has_own_card(
     folder:Path, # of a run
 ) -> bool: # whether its `README.md` is the user's
     "Whether a card is there that no run made"
-    return (folder/CARD).is_file() and not is_ours((folder/CARD).read_text(encoding="utf-8"))
+    return (folder/CARD).is_file() and not is_ours(folder/CARD)
 
 def push_run(
     folder:str|Path, # of a run

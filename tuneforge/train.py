@@ -11,15 +11,15 @@ __all__ = ['total_steps', 'plan_run', 'training_arguments', 'stop_token_ids', 'f
 
 # %% ../nbs/34_train.ipynb #4302daee
 import json,math,os
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-import numpy as np
-import torch
+import numpy as np, torch
 from .adapters import add_adapter
 from .attention import NEED_MASK, Isolation, check_isolation, isolations, set_attention
 from .callbacks import LiveProgress, LossWatchdog, plot_history
 from .card import how_to_ask, model_card, write_card
-from .checkpoint import Run, check_config, data_facts, mean_of_log, on_first_rank, plan_facts, resume_from, run_to_end, what_is_left
+from .checkpoint import Run, check_config, data_facts, mean_of_log, nothing_older, on_first_rank, plan_facts, resume_from, run_to_end, what_is_left
 from .config import Config, PackingOptions, TrainOptions, UserError, log
 from .dataset import Prepared, train_entries
 from .derive import accumulation, eval_length, eval_rows, fixed_length, interval, isolates, packs, strategy
@@ -85,7 +85,7 @@ def training_arguments(
     precision = choose_precision(cfg, device)
     save = steps if strategy(cfg, "save")=="best" else interval(cfg, "save", steps_per_epoch, steps) # the end of a run is always worth a checkpoint
     evals = interval(cfg, "eval", steps_per_epoch, steps) if evaluate else None
-    return TrainingArguments(output_dir=cfg.output_dir, max_steps=steps, seed=cfg.seed, data_seed=cfg.seed, report_to="none", disable_tqdm=True,
+    args = TrainingArguments(output_dir=cfg.output_dir, max_steps=steps, seed=cfg.seed, data_seed=cfg.seed, report_to="none", disable_tqdm=True,
         per_device_train_batch_size=cfg.micro_batch_size, per_device_eval_batch_size=eval_rows(cfg),
         gradient_accumulation_steps=accumulation(cfg), learning_rate=cfg.learning_rate, optim=optimizer_name(cfg), weight_decay=cfg.weight_decay,
         adam_beta1=cfg.adam_beta1, adam_beta2=cfg.adam_beta2, adam_epsilon=cfg.adam_epsilon, max_grad_norm=cfg.max_grad_norm,
@@ -95,6 +95,9 @@ def training_arguments(
         accelerator_config=cfg.accelerator_config, **{k: v for k,v in cfg if k.startswith("ddp_") and v is not None},
         bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=precision.tf32 if device!="cuda" or not cfg.torch_compile else bool(precision.tf32), # compiling would switch it on unasked
         use_cpu=device=="cpu", remove_unused_columns=False, **kernels)
+    if args.n_gpu>1: log.warning(f"{args.n_gpu} GPUs are here, and one process trains on one of them: `torchrun --nproc-per-node {args.n_gpu} -m tuneforge train …` uses all")
+    args._n_gpu = min(args.n_gpu, 1) # with more, transformers wraps the model in `nn.DataParallel`: no autocast, and a loss that is multiplied
+    return args
 
 # %% ../nbs/34_train.ipynb #6f53caa5
 def stop_token_ids(
@@ -285,6 +288,7 @@ def train(
     allow_drift:bool=False, # go on from a checkpoint though config or data have changed
 ) -> Run: # what came of it
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
+    if Path(cfg.output_dir).resolve()==Path(cfg.base_model).expanduser().resolve(): raise UserError(f"`output_dir` is the folder of `base_model`, {cfg.base_model}, and the result would be written over what it is made of: name another folder")
     with held(cfg.output_dir):
         check_hub(cfg)
         if not allow_drift: check_config(cfg)
@@ -329,15 +333,17 @@ def save_run(
     result, # transformers' TrainOutput
 ) -> Run: # as written to `run.json`
     "Write model or adapter, tokenizer, golden prompts, plot, manifest and card to `output_dir`"
-    trainer.save_model()
-    trainer.model.generation_config.save_pretrained(cfg.output_dir)
+    first = trainer.args.should_save
+    with nothing_older(Path(cfg.output_dir)) if first else nullcontext():
+        trainer.save_model()
+        if first: trainer.model.generation_config.save_pretrained(cfg.output_dir)
     done,course = trainer.state.global_step,trainer.course
     metrics = dict(loss=result.training_loss, steps=done, tokens=course.tokens_until(done), seconds=result.metrics["train_runtime"],
         packing_efficiency=course.efficiency)
     if trainer.eval_loader: metrics |= last_evaluation(trainer, cfg.load_best_model_at_end)
     if cfg.load_best_model_at_end: metrics["best_step"] = trainer.state.best_global_step
     run = describe(cfg, trainer, data, metrics)
-    if trainer.args.should_save:
+    if first:
         write_text(Path(cfg.output_dir)/"golden_prompts.json", json.dumps(data.golden, ensure_ascii=False, indent=1))
         plot_history(run.history, Path(cfg.output_dir)/"loss.png", Path(cfg.output_dir).name)
         run.save()
