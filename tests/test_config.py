@@ -414,3 +414,18 @@ def test_secrets_are_hidden(tmp_path):
 def test_unsafe_yaml_is_refused(tmp_path):
     said = [p.message for p in problems("a: !!python/object/apply:os.system ['true']\nb: !!python/name:os.system\n", tmp_path)]
     assert any("plain values only" in m or "not valid YAML" in m for m in said)
+
+
+PLACES_OF = dict(base_model="~/m", base_model_config="~/m", tokenizer_config="~/m", dataset_prepared_path="~/p", output_dir="~/o", resume="~/o/checkpoint-1", lora_model_dir="~/a", mlflow_tracking_uri="~/runs")
+
+def test_home_is_expanded_once_where_a_config_is_read(tmp_path, monkeypatch):
+    "transformers expands `output_dir` itself: a run was split over two folders"
+    monkeypatch.setenv("HOME", "/there")
+    text = GOOD.replace("base_model: tiny:llama\n", "").replace("path: train.jsonl", "path: ~/t.jsonl\n    data_files: [~/a.jsonl, b~.jsonl]")
+    text += "adapter: lora\nlora_target_linear: true\nmlflow_experiment_name: ~/not-a-path\n"+"".join(f"{k}: {v}\n" for k, v in PLACES_OF.items())
+    cfg = load(text, tmp_path)
+    assert {k: getattr(cfg, k) for k in PLACES_OF}=={k: v.replace("~", "/there") for k, v in PLACES_OF.items()}
+    assert (cfg.datasets[0].path, cfg.datasets[0].data_files, cfg.mlflow_experiment_name)==("/there/t.jsonl", ["/there/a.jsonl","b~.jsonl"], "~/not-a-path")
+    assert ("output_dir", "/there/o", "c.yml:13") in [(k, v, w.split("/")[-1]) for k, v, w in cfg.rows()]
+    assert cfg.to_yaml()==text and "output_dir: ~/o\n" in cfg.replace(seed=1).to_yaml() # the author's own text stays
+    assert DatasetOptions(path="~/x.jsonl").path=="/there/x.jsonl" # no config is needed

@@ -94,8 +94,10 @@ def _put(value, path, new):
 def as_written(
     cfg:Config, # of a run
 ) -> dict: # keys that were given, nested as in YAML
-    "What the config said, with references to the environment left as they are, and without secrets"
+    "What the config said, with references to the environment and to somebody's home left as they are, and without secrets"
     given = cfg.model_dump(mode="json", exclude_unset=True)
+    for path,text in cfg._doc.raw.items():
+        if text.startswith("~"): _put(given, path, text)
     for path,mark in cfg._doc.marks.items():
         if path and (text := _written(mark)): _put(given, path, text)
     return without_secrets({k: given[k] for k in sorted(given, key=cfg._order)})

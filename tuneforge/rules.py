@@ -490,7 +490,7 @@ def _frozen_inputs_need_a_gradient(cfg):
 # %% ../nbs/02_rules.ipynb #b35fdaa5
 @rule
 def _remote_code_is_pinned(cfg):
-    if cfg.trust_remote_code and not (re.fullmatch(r"[0-9a-f]{40}", cfg.revision_of_model or "") or Path(cfg.base_model).expanduser().is_dir()):
+    if cfg.trust_remote_code and not (re.fullmatch(r"[0-9a-f]{40}", cfg.revision_of_model or "") or Path(cfg.base_model).is_dir()):
         yield "trust_remote_code", "`trust_remote_code: true` runs code from the hub: pin it with `revision_of_model`, a commit of 40 hex digits, or name a folder"
 
 @rule
