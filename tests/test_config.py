@@ -429,3 +429,19 @@ def test_home_is_expanded_once_where_a_config_is_read(tmp_path, monkeypatch):
     assert ("output_dir", "/there/o", "c.yml:13") in [(k, v, w.split("/")[-1]) for k, v, w in cfg.rows()]
     assert cfg.to_yaml()==text and "output_dir: ~/o\n" in cfg.replace(seed=1).to_yaml() # the author's own text stays
     assert DatasetOptions(path="~/x.jsonl").path=="/there/x.jsonl" # no config is needed
+
+
+@pytest.mark.parametrize("key, text, value", [("wandb_project", o, o) for o in ("run #3", "#3", "a\nlearning_rate: 7", "a\nb # c\n d", "- x", "x: y", "'quoted", '"', "*x", "&x y", "@x", "%x", "[x]", "{x", "a:b", "{% for m in x %}{{m}}{% endfor %}")] + [
+    ("wandb_project", "'a # b'", "a # b"), ("wandb_project", "null", None), ("wandb_project", "", None), ("wandb_project", "1e5", "1e5"), ("seed", " 3", 3), ("chat_template_jinja", "[{{x}}] # y", "[{{x}}] # y"),
+    ("special_tokens.pad_token", "[PAD]", "[PAD]"), ("special_tokens", "{pad_token: a}", SpecialTokens(pad_token="a")), ("wandb_name", "${WHERE_NOT:-x} #3", "x #3"), ("wandb_name", "'${X}'", "${X}")])
+def test_what_the_shell_gave_is_not_cut(tmp_path, key, text, value):
+    cfg = load(GOOD+"wandb_project: p\nchat_template: jinja\nchat_template_jinja: x\nspecial_tokens: {}\n", tmp_path, f"--{key}", text)
+    for k in key.split("."): cfg = getattr(cfg, k)
+    assert cfg==value
+
+
+@pytest.mark.parametrize("key, text, says", [("tokens", "[a, b", "'[a, b': this is not valid YAML"), ("tokens", "[a] # b", "more behind the bracket"), ("special_tokens", "{pad_token: a", "not valid YAML"), ("model_kwargs.a", "[1", "not valid YAML"), ("datasets.0.data_files", "[a", "not valid YAML"),
+    ("seed", "3 # x", "'3 # x', but should be a whole number"), ("seed", "3\n4", "but should be a whole number"), ("seed", "0x_", "'0x_', but should be a whole number"), ("seed", "9"*5000, "but should be a whole number"), ("wandb_name", "${WHERE_NOT} #3", "`WHERE_NOT` is not set"), ("seed", "&a "+"["*5000, "but should be a whole number")])
+def test_broken_values_have_their_argument(tmp_path, key, text, says):
+    p, = problems(GOOD+"wandb_project: p\n", tmp_path, f"--{key}={text}")
+    assert says in p.message and str(p.mark)=="on the command line, argument 1"

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from fastcore.basics import patch
 from pydantic import PrivateAttr, SecretStr, ValidationError
 from .derive import derived
-from .document import ConfigError, Document, Mark, Problem, UserError, did_you_mean, nearest, one_slip
+from .document import ConfigError, Document, Mark, Problem, UserError, did_you_mean, expand, nearest, not_set, one_slip, one_value, stays_text
 from .options import *
 from .options import ELSEWHERE, HARMLESS, MEANT, MOVED, NOT_YET, REFUSED, RENAMED, SYNONYMS, unserved
 from .remote import MAX_BYTES, fetch_text, is_url
@@ -451,11 +451,31 @@ class Override:
         if "" in self.path: raise ConfigError([Problem(f"{arg!r} names no key: write it as `--lora-r 8` or `--datasets.0.path x`", mark=self.mark)])
         if self.path==("extends",): raise ConfigError([Problem("`extends` belongs into a file; here, name several configs: they are merged from left to right", mark=self.mark)])
         self.value,self.raw = (not negated,None) if text is None else self._read(text)
+    def _bad(self, messages): return ConfigError([Problem(o, mark=self.mark) for o in messages])
     def _read(self, text):
-        try: doc = Document(f"v: {text}" if text else "v:", "on the command line")
-        except ConfigError as e: raise ConfigError([Problem(f"{text!r}: {e.problems[0].message}", mark=self.mark)]) from None
-        if doc.problems: raise ConfigError([Problem(o.message, mark=self.mark) for o in doc.problems])
+        "(value, its text): what is one YAML value is read as YAML, all else is text"
+        block = text.lstrip().startswith(("[","{"))
+        if block and _only_text(self.path) or not block and not one_value(text):
+            value,missing = expand(text)
+            if missing: raise self._bad(map(not_set, missing))
+            return value,value
+        try: doc = Document(f"v: {text}", "on the command line")
+        except ConfigError as e: raise self._bad([f"{text!r}: {e.problems[0].message}"]) from None
+        if not doc.problems and not one_value(text): raise self._bad([f"{text!r}: there is more behind the bracket that closes it"])
+        if doc.problems: raise self._bad(o.message for o in doc.problems)
         return doc.value["v"],doc.raw.get(("v",))
+
+def _only_text(path):
+    "Whether the key at a path takes a text, and neither a list nor a block"
+    group,key = group_at(path[:-1], {}),path[-1]
+    f = group.model_fields.get(RENAMED.get(key, key)) if group else None
+    return f is not None and {str,SecretStr} & _kinds(f.annotation)!=set() and not {list,dict} & _kinds(f.annotation)
+
+def _kinds(t):
+    "The kinds of values that a type stands for"
+    if isinstance(t, type) and issubclass(t, Options): return {dict}
+    if get_origin(t) in (list,dict): return {get_origin(t)}
+    return {t} if not get_args(t) else {k for a in get_args(t) for k in _kinds(a)}
 
 def parse_overrides(
     args:list[str], # what the command line holds besides the config
