@@ -445,3 +445,41 @@ def test_what_the_shell_gave_is_not_cut(tmp_path, key, text, value):
 def test_broken_values_have_their_argument(tmp_path, key, text, says):
     p, = problems(GOOD+"wandb_project: p\n", tmp_path, f"--{key}={text}")
     assert says in p.message and str(p.mark)=="on the command line, argument 1"
+
+
+WORDS = st.one_of(st.sampled_from(["no", "yes", "on", "off", "NULL", "~", "1e5", "1_000", "0x1f", "0x_", "1.", "007", "0o17", "12:30", "2024-01-01", "<<", "=", "${HOME}", "$${A}\n  ${B:-c}", "&a", "*a", "- x", "a: b", "#", " ", "\x85", "\u2028"]), st.text(st.characters(codec="utf-8", exclude_categories=("Cc","Cs")), max_size=6), st.text("ab ${}:#-'\"\n\t", max_size=8))
+PLAIN = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), WORDS), lambda v: st.one_of(st.lists(v, max_size=3), st.dictionaries(WORDS, v, max_size=3)), max_leaves=6)
+SHARED = """x-a: &a {no: 1, one: {q: [a, {b: 1}]}}
+base_model: tiny:llama
+learning_rate: 1e-3
+datasets: [{path: a.jsonl}]
+model_kwargs: &m
+  <<: *a # from above
+  b: [1, true]
+overrides_of_model_config: *m
+"""
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([GOOD, SHARED]), st.dictionaries(WORDS, PLAIN, max_size=4))
+def test_plain_values_come_back_equal(text, block):
+    cfg = load_config(in_file(text)).replace(model_kwargs=block)
+    back = load_config(in_file(cfg.to_yaml()))
+    assert kinds(back.model_kwargs)==kinds(block) and back==cfg
+
+
+def kinds(v): # 1 is not True
+    if isinstance(v, dict): return {k: kinds(o) for k, o in v.items()}
+    return [kinds(o) for o in v] if isinstance(v, list) else (type(v), v)
+
+
+@pytest.mark.parametrize("key, there", [("model_kwargs.b.0", "overrides_of_model_config"), ("overrides_of_model_config.b.0", "model_kwargs"), ("model_kwargs.one.q.0", "overrides_of_model_config")])
+def test_an_anchor_changes_in_one_place_only(tmp_path, key, there):
+    was, cfg = load(SHARED, tmp_path), load(SHARED, tmp_path, f"--{key}", "7")
+    assert getattr(cfg, there)==getattr(was, there)
+    back = load(cfg.to_yaml(), tmp_path)
+    assert back==cfg and back!=was and "x-a: " in cfg.to_yaml()
+
+
+def test_comments_in_an_entry_stay(tmp_path):
+    cfg = load(GOOD.replace("train.jsonl", "train.jsonl # ours"), tmp_path, "--datasets.0.type", "completion")
+    assert "path: train.jsonl # ours\n    type: completion" in cfg.to_yaml()

@@ -387,24 +387,58 @@ def _repr_html_(self:Config):
     return "<table>"+"".join(line(*r) for r in self.rows(resolved=True))+"</table>"
 
 # %% ../nbs/05_config.ipynb #996abf80
-def _quoted(v):
-    "Values whose `${` is meant literally, in quotes that keep it"
-    from ruamel.yaml.scalarstring import SingleQuotedScalarString
-    if isinstance(v, dict): return {k: _quoted(o) for k,o in v.items()}
-    if isinstance(v, list): return [_quoted(o) for o in v]
-    return SingleQuotedScalarString(v) if isinstance(v, str) and "${" in v else v
+def _plain_here(text): # ruamel speaks YAML 1.2: `no` is no boolean to it, and U+0085 does not end a line
+    return stays_text(text) and all(c.isprintable() or c in "\n\t" for c in text)
 
-def _lay(node, value, had):
+def _quoted(v):
+    "Values whose texts stay texts, and whose `${` is meant literally, in quotes that keep them"
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString, SingleQuotedScalarString
+    if isinstance(v, dict): return {_key(k): _quoted(o) for k,o in v.items()}
+    if isinstance(v, list): return [_quoted(o) for o in v]
+    if not isinstance(v, str) or "${" not in v and _plain_here(v): return v
+    return SingleQuotedScalarString(v) if v.isprintable() else DoubleQuotedScalarString(v.replace("${", "$${"))
+
+def _key(k): # no variables are replaced in keys
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+    return DoubleQuotedScalarString(k) if isinstance(k, str) and not _plain_here(k) else k
+
+def _same(a, b):
+    "Whether two values are equal, and of one kind all the way down: 1 is neither true nor 1.0"
+    if isinstance(a, dict) and isinstance(b, dict): return a.keys()==b.keys() and all(_same(v, b[k]) for k,v in a.items())
+    if isinstance(a, list) and isinstance(b, list): return len(a)==len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and a==b
+
+# %% ../nbs/05_config.ipynb #996abf83
+def _shared(node, seen):
+    "ids of ruamel's nodes that stand in several places; `seen`: those that were met so far"
+    below = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    if isinstance(node, (dict,list)) and id(node) in seen: return {id(node)}
+    seen.add(id(node))
+    return {i for o in below for i in _shared(o, seen)}
+
+def _copied(node):
+    "A block without the name of its anchor"
+    res = deepcopy(node)
+    res.yaml_set_anchor(None)
+    return res
+
+def _pairs(v): return v if isinstance(v, dict) else dict(enumerate(v)) if isinstance(v, list) else None
+
+def _within(node, value, had):
+    "Whether `node` can be brought from `had` to `value` key by key"
+    if type(value) is not type(had) or _pairs(had) is None: return False
+    if isinstance(had, list): return len(value)==len(had)
+    return set(had)<=set(node) and not any(k in o for k in set(had)-set(value) for _,o in node.merge)
+
+def _lay(node, value, had, shared):
     "Bring ruamel's `node` from `had` to `value`, touching nothing that stays"
     for k in [k for k in had if k not in value]: del node[k]
     for k,v in value.items():
-        if k in had and had[k]==v: continue
-        v = _quoted(v)
-        if isinstance(v, dict) and isinstance(had.get(k), dict) and k in node: _lay(node[k], v, had[k])
-        elif isinstance(v, list) and isinstance(had.get(k), list) and len(v)==len(had[k]):
-            pairs = lambda o: dict(enumerate(o))
-            _lay(node[k], pairs(v), pairs(had[k]))
-        else: node[k] = v
+        if k in had and _same(had[k], v): continue
+        if k not in had or not _within(node[k], v, had[k]): node[k if k in had else _key(k)] = _quoted(v)
+        else:
+            if id(node[k]) in shared: node[k] = _copied(node[k])
+            _lay(node[k], _pairs(v), _pairs(had[k]), shared)
 
 # %% ../nbs/05_config.ipynb #c2fb35ed
 @patch
@@ -417,13 +451,13 @@ def to_yaml(
     from ruamel.yaml.util import load_yaml_guess_indent
     doc = self._doc
     had = Document(doc.text, doc.file, local=doc.local).value
-    if had==doc.value: return doc.text
+    if _same(had, doc.value): return doc.text
     _,indent,offset = load_yaml_guess_indent(doc.text) if had else (None, None, None)
     yaml = YAML()
     yaml.preserve_quotes,yaml.width = True,10**6
     yaml.indent(mapping=2, sequence=indent or 4, offset=2 if offset is None else offset)
     node = yaml.load(doc.text) if had else {}
-    _lay(node, doc.value, had)
+    _lay(node, doc.value, had, _shared(node, set()))
     yaml.dump(node, out := io.StringIO())
     return out.getvalue()
 
