@@ -459,7 +459,7 @@ model_kwargs: &m
 overrides_of_model_config: *m
 """
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from([GOOD, SHARED]), st.dictionaries(WORDS, PLAIN, max_size=4))
 def test_plain_values_come_back_equal(text, block):
     cfg = load_config(in_file(text)).replace(model_kwargs=block)
