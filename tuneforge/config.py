@@ -329,7 +329,7 @@ def _plain(v):
 # %% ../nbs/05_config.ipynb #6f1408a4
 def _path(text):
     "Keys and indices of a path as text"
-    return tuple(int(o) if o.isdigit() else o for o in text.replace("[", ".").replace("]", "").split("."))
+    return tuple(int(o) if o.isascii() and o.isdigit() else o for o in text.replace("[", ".").replace("]", "").split("."))
 
 @patch
 def where(

@@ -237,7 +237,7 @@ def _ask_until(question, say):
         except UserError as e: say(f"  {e}")
 
 def _length(text):
-    if not (text.isdigit() and int(text)>1): raise UserError(f"{text!r} is no number of tokens")
+    if not (text.isascii() and text.isdigit() and int(text)>1): raise UserError(f"{text!r} is no number of tokens")
     return int(text)
 
 def _data(path, say):
