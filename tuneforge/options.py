@@ -411,7 +411,7 @@ class DataOptions(PreparedOptions):
     test_datasets:list[AnyDataset]|None = _opt(None, "evaluation data; instead of `val_set_size`")
     pretraining_dataset:list[PretrainingDataset]|None = _opt(None, "streams of text to train on; instead of `datasets`, with `max_steps`")
     streaming:bool|None = _opt(None, "read `datasets` as streams, without preparing them first; with `max_steps`")
-    val_set_size:float = _opt(0.0, "part of the training data, drawn at random, to evaluate on: a fraction, or a number of rows if over 1", ge=0)
+    val_set_size:float = _opt(0.0, "part of the training data, drawn at random, to evaluate on: a fraction below 1, or a number of rows from 2", ge=0)
     shuffle_merged_datasets:bool = _opt(True, "train in shuffled order")
     shuffle_before_merging_datasets:bool = _opt(False, "shuffle each dataset by itself; for `shuffle_merged_datasets: false`, which then trains one shuffled dataset after the other")
     mix_by:Literal["tokens","rows"] = _opt("tokens", "what the `weight`s of datasets are shares of")
