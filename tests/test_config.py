@@ -8,7 +8,7 @@ from tuneforge.document import ConfigError, Document, UserError
 from tuneforge.options import *
 from tuneforge.options import HARMLESS, MEANT, MOVED, NOT_YET, REFUSED, RENAMED
 from tuneforge.rules import OFF
-from tests.tools import ROOT
+from tests.tools import ROOT, permissions_hold
 
 GOOD = """base_model: tiny:llama
 datasets:
@@ -483,3 +483,27 @@ def test_an_anchor_changes_in_one_place_only(tmp_path, key, there):
 def test_comments_in_an_entry_stay(tmp_path):
     cfg = load(GOOD.replace("train.jsonl", "train.jsonl # ours"), tmp_path, "--datasets.0.type", "completion")
     assert "path: train.jsonl # ours\n    type: completion" in cfg.to_yaml()
+
+
+def test_files_that_may_not_be_touched_are_said(tmp_path):
+    cfg = load(GOOD, tmp_path)
+    (tmp_path/"c.yml").chmod(0)
+    (tmp_path/"closed").mkdir()
+    (tmp_path/"closed").chmod(0)
+    try:
+        with permissions_hold():
+            for path in (tmp_path/"c.yml", tmp_path/"closed", tmp_path/"closed"/"c.yml", "x"*300): # the last is no name at all
+                with pytest.raises(UserError, match="this config cannot be read: (Permission denied|File name too long)"): load_config(path)
+            with pytest.raises(UserError, match="cannot be written there: Permission denied"): cfg.save(tmp_path/"closed"/"below"/"c.yml")
+    finally: (tmp_path/"closed").chmod(0o755)
+
+
+@pytest.mark.parametrize("text, says", [("m"*300, "is neither a Jinja text nor a file"), ("a/"+"m"*300, "is neither a Jinja text nor a file"), (".", "is neither a Jinja text nor a file"), ("closed.jinja", "Permission denied"), ("latin.jinja", "utf-8")])
+def test_a_template_that_cannot_be_read(tmp_path, monkeypatch, text, says):
+    from tuneforge.templates import resolve_template
+    from tuneforge.tiny import resolve_model
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"closed.jinja").touch(0)
+    (tmp_path/"latin.jinja").write_bytes(b"\xe4")
+    with permissions_hold(), pytest.raises(UserError, match=f"`chat_template_jinja: .*{says}"): resolve_template("jinja", text, None)
+    assert resolve_model("m"*300)=="m"*300 # the hub will say that there is no such model

@@ -467,8 +467,10 @@ def save(
     path:str|Path, # YAML file
 ):
     "Write `to_yaml` to a file; folders above it are made"
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(self.to_yaml(), encoding="utf-8")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+    except OSError as e: raise UserError(f"{path}: the config cannot be written there: {e.strerror or e}. Name another file, or give yourself the right to write this one") from e
 
 # %% ../nbs/05_config.ipynb #1c07733d
 class Override:
@@ -544,13 +546,17 @@ def read_document(
         log.warning(f"{source}: sha256 {sha}")
         return Document(text, source, local=False)
     if "://" in str(source): raise UserError(f"{source}: a config is a file, a folder, or an https address")
-    p = Path(source).expanduser()
+    try: return _read_file(Path(source).expanduser(), source)
+    except OSError as e: raise UserError(f"{source}: this config cannot be read: {e.strerror or e}. Look at its name, and at who may read it") from e
+
+def _read_file(p, source):
+    "A config on this machine"
     if p.is_dir(): p = _file_in(p)
     if p.is_file() and p.stat().st_size>MAX_BYTES: raise UserError(f"{p} is larger than {MAX_BYTES:,} bytes: this is no config")
     if not p.exists():
         near = sorted(str(o) for o in p.parent.glob("*.y*ml")) if p.parent.is_dir() else []
         raise UserError(f"no config file: {p}"+(did_you_mean(str(p), near) or (f". Files there: {', '.join(near)}" if near else "")))
-    try: return Document(p.read_text(encoding="utf-8-sig"), str(source) if not Path(source).is_dir() else str(p))
+    try: return Document(p.read_text(encoding="utf-8-sig"), str(p) if Path(source).is_dir() else str(source))
     except UnicodeDecodeError as e: raise UserError(f"{p}: this is not UTF-8 text (byte {e.start})") from e
 
 # %% ../nbs/05_config.ipynb #22fa72ba
