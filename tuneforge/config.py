@@ -472,6 +472,19 @@ def save(
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
     except OSError as e: raise UserError(f"{path}: the config cannot be written there: {e.strerror or e}. Name another file, or give yourself the right to write this one") from e
 
+# %% ../nbs/05_config.ipynb #1c077340
+def _only_text(path):
+    "Whether the key at a path takes a text, and neither a list nor a block"
+    group,key = group_at(path[:-1], {}),path[-1]
+    f = group.model_fields.get(RENAMED.get(key, key)) if group else None
+    return f is not None and {str,SecretStr} & _kinds(f.annotation)!=set() and not {list,dict} & _kinds(f.annotation)
+
+def _kinds(t):
+    "The kinds of values that a type stands for"
+    if isinstance(t, type) and issubclass(t, Options): return {dict}
+    if get_origin(t) in (list,dict): return {get_origin(t)}
+    return {t} if not get_args(t) else {k for a in get_args(t) for k in _kinds(a)}
+
 # %% ../nbs/05_config.ipynb #1c07733d
 class Override:
     "One option of the command line"
@@ -500,18 +513,6 @@ class Override:
         if not doc.problems and not one_value(text): raise self._bad([f"{text!r}: there is more behind the bracket that closes it"])
         if doc.problems: raise self._bad(o.message for o in doc.problems)
         return doc.value["v"],doc.raw.get(("v",))
-
-def _only_text(path):
-    "Whether the key at a path takes a text, and neither a list nor a block"
-    group,key = group_at(path[:-1], {}),path[-1]
-    f = group.model_fields.get(RENAMED.get(key, key)) if group else None
-    return f is not None and {str,SecretStr} & _kinds(f.annotation)!=set() and not {list,dict} & _kinds(f.annotation)
-
-def _kinds(t):
-    "The kinds of values that a type stands for"
-    if isinstance(t, type) and issubclass(t, Options): return {dict}
-    if get_origin(t) in (list,dict): return {get_origin(t)}
-    return {t} if not get_args(t) else {k for a in get_args(t) for k in _kinds(a)}
 
 def parse_overrides(
     args:list[str], # what the command line holds besides the config
