@@ -6,6 +6,7 @@ from tests.tokenizers import tokenizer
 from tests.tools import write_jsonl
 from tuneforge.audit import SampleBrowser, audit, choose, filtered, preview
 from tuneforge.config import UserError, load_config
+from tuneforge.dataset import prepare_data
 from tuneforge.inspect import token_texts
 from tuneforge.tokens import IGNORE, encode_rows, load_tokenizer
 
@@ -130,3 +131,46 @@ def test_the_texts_of_tokens_are_the_text(text):
 def test_half_a_character_is_shown_as_its_bytes():
     ids = tokenizer("byte", bos=False)("山").input_ids
     assert token_texts(tokenizer("byte", bos=False), ids)==["山", "", ""] and token_texts(tokenizer("byte", bos=False), ids[:2])==["⟨e5⟩", "⟨b1⟩"]
+
+
+@pytest.mark.parametrize("entry, rows", [(dict(type="alpaca"), [dict(instruction="a", output="word "*200), dict(instruction="b", output="short")]),
+    (dict(type="chat_template", chat_template="chatml"), [dict(messages=[dict(role="user", content="a"), dict(role="assistant", content=t)]) for t in ("word "*200, "s")])])
+def test_a_cut_sample_has_a_word_of_its_own(tmp_path, entry, rows):
+    cfg = config(tmp_path, datasets=[dict(path=str(write_jsonl(tmp_path/"t.jsonl", rows)), **entry)], excess_length_strategy="truncate", sequence_len=100)
+    tok = load_tokenizer(cfg)
+    report = audit(cfg, tok, progress=False)
+    assert report.samples.odd.tolist()==["cut",""] and report.samples.tokens[0]==100
+    assert report.summary()["cut to `sequence_len`"]==prepare_data(cfg, tok).report.sources[0].truncated==1
+    assert "cut to `sequence_len`" in preview(cfg, tok, report, row="1").report.__repr__()
+    long = audit(cfg.replace(excess_length_strategy="drop"), tok, progress=False)
+    assert long.samples.odd.tolist()==["long",""]
+
+
+def test_only_rows_that_are_trained_are_audited(tmp_path):
+    entries = [dict(path=str(tmp_path/"alpaca.jsonl"), type="alpaca", max_rows=n) for n in (3, 10)]
+    cfg = config(tmp_path, datasets=entries)
+    tok = load_tokenizer(cfg)
+    report, data = audit(cfg, tok, progress=False), prepare_data(cfg, tok)
+    assert len(report.samples)==13 and report.summary()["tokens"]==sum(map(len, data.train["input_ids"]))
+    used = set(report.samples.row[report.samples.dataset==1])
+    left = next(n for n in range(1, max(used)) if n not in used)
+    with pytest.raises(UserError, match=rf"there is no row {left}: of dataset 1, 3 rows up to {max(used)} are used .`max_rows`."): preview(cfg, tok, report, row=str(left))
+    assert preview(cfg, tok, report, row=str(max(used))).views[0].title.startswith(f"{tmp_path}/alpaca.jsonl:{max(used)} ")
+
+
+@pytest.mark.parametrize("how", ["pretraining", "streaming"])
+def test_the_beginning_of_a_stream_is_shown(tmp_path, how, monkeypatch):
+    monkeypatch.setattr("tuneforge.audit.HEAD", 4)
+    write_jsonl(tmp_path/"p.jsonl", [dict(text=f"abc {i}") for i in range(6)])
+    e = dict(path=str(tmp_path/"p.jsonl"))
+    kw = dict(pretraining_dataset=[e | dict(skip=1)]) if how=="pretraining" else dict(datasets=[e | dict(type="completion")], streaming=True)
+    cfg = load_config(dict(base_model="tiny:llama", learning_rate=1e-4, max_steps=2, **kw))
+    p = preview(cfg, load_tokenizer(cfg), n=9)
+    assert p.report.summary()["samples"]==4 and "the first 4 rows" in repr(p.report)
+    assert {v.title.split(" ")[0] for v in p.views}=={f"{tmp_path}/p.jsonl:{n+(how=='pretraining')}" for n in range(1, 5)}
+
+
+@pytest.mark.parametrize("row", ["²", "1:²", "x", "-1", "1:2:3", "٣"])
+def test_what_is_no_number_is_no_row(ready, row):
+    cfg, tok, report = ready
+    with pytest.raises(UserError, match="is no row"): choose(report, row=row)

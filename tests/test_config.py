@@ -8,7 +8,7 @@ from tuneforge.document import ConfigError, Document, UserError
 from tuneforge.options import *
 from tuneforge.options import HARMLESS, MEANT, MOVED, NOT_YET, REFUSED, RENAMED
 from tuneforge.rules import OFF
-from tests.tools import ROOT
+from tests.tools import ROOT, permissions_hold
 
 GOOD = """base_model: tiny:llama
 datasets:
@@ -414,3 +414,97 @@ def test_secrets_are_hidden(tmp_path):
 def test_unsafe_yaml_is_refused(tmp_path):
     said = [p.message for p in problems("a: !!python/object/apply:os.system ['true']\nb: !!python/name:os.system\n", tmp_path)]
     assert any("plain values only" in m or "not valid YAML" in m for m in said)
+
+
+PLACES_OF = dict(base_model="~/m", base_model_config="~/m", tokenizer_config="~/m", dataset_prepared_path="~/p", output_dir="~/o", resume="~/o/checkpoint-1", lora_model_dir="~/a", mlflow_tracking_uri="~/runs")
+
+def test_home_is_expanded_once_where_a_config_is_read(tmp_path, monkeypatch):
+    "transformers expands `output_dir` itself: a run was split over two folders"
+    monkeypatch.setenv("HOME", "/there")
+    text = GOOD.replace("base_model: tiny:llama\n", "").replace("path: train.jsonl", "path: ~/t.jsonl\n    data_files: [~/a.jsonl, b~.jsonl]")
+    text += "adapter: lora\nlora_target_linear: true\nmlflow_experiment_name: ~/not-a-path\n"+"".join(f"{k}: {v}\n" for k, v in PLACES_OF.items())
+    cfg = load(text, tmp_path)
+    assert {k: getattr(cfg, k) for k in PLACES_OF}=={k: v.replace("~", "/there") for k, v in PLACES_OF.items()}
+    assert (cfg.datasets[0].path, cfg.datasets[0].data_files, cfg.mlflow_experiment_name)==("/there/t.jsonl", ["/there/a.jsonl","b~.jsonl"], "~/not-a-path")
+    assert ("output_dir", "/there/o", "c.yml:13") in [(k, v, w.split("/")[-1]) for k, v, w in cfg.rows()]
+    assert cfg.to_yaml()==text and "output_dir: ~/o\n" in cfg.replace(seed=1).to_yaml() # the author's own text stays
+    assert DatasetOptions(path="~/x.jsonl").path=="/there/x.jsonl" # no config is needed
+
+
+@pytest.mark.parametrize("key, text, value", [("wandb_project", o, o) for o in ("run #3", "#3", "a\nlearning_rate: 7", "a\nb # c\n d", "- x", "x: y", "'quoted", '"', "*x", "&x y", "@x", "%x", "[x]", "{x", "a:b", "{% for m in x %}{{m}}{% endfor %}")] + [
+    ("wandb_project", "'a # b'", "a # b"), ("wandb_project", "null", None), ("wandb_project", "", None), ("wandb_project", "1e5", "1e5"), ("seed", " 3", 3), ("chat_template_jinja", "[{{x}}] # y", "[{{x}}] # y"),
+    ("special_tokens.pad_token", "[PAD]", "[PAD]"), ("special_tokens", "{pad_token: a}", SpecialTokens(pad_token="a")), ("wandb_name", "${WHERE_NOT:-x} #3", "x #3"), ("wandb_name", "'${X}'", "${X}")])
+def test_what_the_shell_gave_is_not_cut(tmp_path, key, text, value):
+    also = ["--chat_template", "jinja"] if key=="chat_template_jinja" else []
+    cfg = load(GOOD+"wandb_project: p\nspecial_tokens: {}\n", tmp_path, f"--{key}", text, *also)
+    for k in key.split("."): cfg = getattr(cfg, k)
+    assert cfg==value
+
+
+@pytest.mark.parametrize("key, text, says", [("tokens", "[a, b", "'[a, b': this is not valid YAML"), ("tokens", "[a] # b", "more behind the bracket"), ("special_tokens", "{pad_token: a", "not valid YAML"), ("model_kwargs.a", "[1", "not valid YAML"), ("datasets.0.data_files", "[a", "not valid YAML"),
+    ("seed", "3 # x", "'3 # x', but should be a whole number"), ("seed", "3\n4", "but should be a whole number"), ("seed", "0x_", "'0x_', but should be a whole number"), ("seed", "9"*5000, "but should be a whole number"), ("wandb_name", "${WHERE_NOT} #3", "`WHERE_NOT` is not set"), ("seed", "&a "+"["*5000, "but should be a whole number")])
+def test_broken_values_have_their_argument(tmp_path, key, text, says):
+    p, = problems(GOOD+"wandb_project: p\n", tmp_path, f"--{key}={text}")
+    assert says in p.message and str(p.mark)=="on the command line, argument 1"
+
+
+WORDS = st.one_of(st.sampled_from(["no", "yes", "on", "off", "NULL", "~", "1e5", "1_000", "0x1f", "0x_", "1.", "007", "0o17", "12:30", "2024-01-01", "<<", "=", "${HOME}", "$${A}\n  ${B:-c}", "&a", "*a", "- x", "a: b", "#", " ", "\x85", "\u2028"]), st.text(st.characters(codec="utf-8", exclude_categories=("Cc","Cs")), max_size=6), st.text("ab ${}:#-'\"\n\t", max_size=8))
+PLAIN = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), WORDS), lambda v: st.one_of(st.lists(v, max_size=3), st.dictionaries(WORDS, v, max_size=3)), max_leaves=6)
+SHARED = """x-a: &a {no: 1, one: {q: [a, {b: 1}]}}
+base_model: tiny:llama
+learning_rate: 1e-3
+datasets: [{path: a.jsonl}]
+model_kwargs: &m
+  <<: *a # from above
+  b: [1, true]
+overrides_of_model_config: *m
+"""
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from([GOOD, SHARED]), st.dictionaries(WORDS, PLAIN, max_size=4))
+def test_plain_values_come_back_equal(text, block):
+    cfg = load_config(in_file(text)).replace(model_kwargs=block)
+    back = load_config(in_file(cfg.to_yaml()))
+    assert kinds(back.model_kwargs)==kinds(block) and back==cfg
+
+
+def kinds(v): # 1 is not True
+    if isinstance(v, dict): return {k: kinds(o) for k, o in v.items()}
+    return [kinds(o) for o in v] if isinstance(v, list) else (type(v), v)
+
+
+@pytest.mark.parametrize("key, there", [("model_kwargs.b.0", "overrides_of_model_config"), ("overrides_of_model_config.b.0", "model_kwargs"), ("model_kwargs.one.q.0", "overrides_of_model_config")])
+def test_an_anchor_changes_in_one_place_only(tmp_path, key, there):
+    was, cfg = load(SHARED, tmp_path), load(SHARED, tmp_path, f"--{key}", "7")
+    assert getattr(cfg, there)==getattr(was, there)
+    back = load(cfg.to_yaml(), tmp_path)
+    assert back==cfg and back!=was and "x-a: " in cfg.to_yaml()
+
+
+def test_comments_in_an_entry_stay(tmp_path):
+    cfg = load(GOOD.replace("train.jsonl", "train.jsonl # ours"), tmp_path, "--datasets.0.type", "completion")
+    assert "path: train.jsonl # ours\n    type: completion" in cfg.to_yaml()
+
+
+def test_files_that_may_not_be_touched_are_said(tmp_path):
+    cfg = load(GOOD, tmp_path)
+    (tmp_path/"c.yml").chmod(0)
+    (tmp_path/"closed").mkdir()
+    (tmp_path/"closed").chmod(0)
+    try:
+        with permissions_hold():
+            for path in (tmp_path/"c.yml", tmp_path/"closed", tmp_path/"closed"/"c.yml", "x"*300): # the last is no name at all
+                with pytest.raises(UserError, match="this config cannot be read: (Permission denied|File name too long)"): load_config(path)
+            with pytest.raises(UserError, match="cannot be written there: Permission denied"): cfg.save(tmp_path/"closed"/"below"/"c.yml")
+    finally: (tmp_path/"closed").chmod(0o755)
+
+
+@pytest.mark.parametrize("text, says", [("m"*300, "is neither a Jinja text nor a file"), ("a/"+"m"*300, "is neither a Jinja text nor a file"), (".", "is neither a Jinja text nor a file"), ("closed.jinja", "Permission denied"), ("latin.jinja", "utf-8")])
+def test_a_template_that_cannot_be_read(tmp_path, monkeypatch, text, says):
+    from tuneforge.templates import resolve_template
+    from tuneforge.tiny import resolve_model
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"closed.jinja").touch(0)
+    (tmp_path/"latin.jinja").write_bytes(b"\xe4")
+    with permissions_hold(), pytest.raises(UserError, match=f"`chat_template_jinja: .*{says}"): resolve_template("jinja", text, None)
+    assert resolve_model("m"*300)=="m"*300 # the hub will say that there is no such model

@@ -201,3 +201,11 @@ def test_a_row_one_token_too_long_learns_to_stop(tmp_path, type, over):
     assert (ids, labels)==(whole["input_ids"], whole["labels"]) and ids[-1]==TOK.eos_token_id
     last = data.train["labels"][-1]
     assert len(last)==max(4, over) and last[-1]==TOK.eos_token_id and data.report.sources[0].pieces=={}
+
+
+@pytest.mark.parametrize("n, size, wanted", [(100, 0.07, 7), (100, 0.071, 8), (1000, 0.1, 100), (10, 0.05, 1), (10, 2, 2), (10, 9, 9), (3, 0.999, None), (10, 1, None), (2, 1, None), (10, 10, None)])
+def test_how_many_rows_are_set_aside(n, size, wanted):
+    "A share is rounded up, and not because of the last bit of a product; 1 is the whole, as the description has it"
+    if wanted: assert len(draw_valid(n, size, 0)[1])==wanted
+    else:
+        with pytest.raises(UserError, match="leaves nothing on one side"+r" \(1 is all of them\)"*(size==1)+": give a share below 1"+(f", such as 0.05, or a number of rows from 2 to {n-1}" if n>2 else ", such as 0.05$")): draw_valid(n, size, 0)

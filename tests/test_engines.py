@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from tuneforge.document import UserError
-from tuneforge.engines import ENGINES, Encoder, HFEngine, Pieces, choose_encoder, difference, nasty_texts, verified
+from tuneforge.engines import ENGINES, Encoder, HFEngine, TokenBytes, choose_encoder, difference, nasty_texts, verified
 from .tokenizers import SPECIAL, TEXT, tokenizer
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -64,7 +64,7 @@ def by_hand(tok, text):
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_kinds_with_bytes(kind): assert (Pieces(make(kind)).kind is not None)==(kind in EXACT)
+def test_kinds_with_bytes(kind): assert (TokenBytes(make(kind)).kind is not None)==(kind in EXACT)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

@@ -64,10 +64,10 @@ def test_new_configs_are_sound(how, row, tmp_path):
     assert cfg.adapter==(None if how=="full" else how) and cfg.datasets[0].path=="data file.jsonl"
 
 
-@pytest.mark.parametrize("content, says", [(None, "no such file"), ("", "not JSON"), ("{", "not JSON"), ("[1]", "a row is a JSON object"), ("[]", "a row is a JSON object")])
+@pytest.mark.parametrize("content, says", [(None, "no such file"), ("", "no row in it"), (" \n\ufeff\n", "no row in it"), ("{", "not JSON"), ("[1]", "a row is a JSON object"), ("[]", "no row in it"), ("[\n]\n", "no row in it"), ("1", "a row is a JSON object"), ('{"a": 1}{"a": 2}', "not JSON"), ('{"a": "\udce4"}', "not UTF-8")])
 def test_first_row_of_a_bad_file(content, says, tmp_path):
     p = tmp_path/"x.json"
-    if content is not None: p.write_text(content)
+    if content is not None: p.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=says): first_row(p)
 
 
@@ -123,3 +123,21 @@ def test_commands_about_configs_are_light(d):
     for args in (["config", "check", "a.yml"], ["config", "show", "a.yml", "--resolved"], ["config", "schema"], ["config", "explain", "lora_r"], ["config", "new", "--out", "n.yml"]):
         res = run(sys.executable, "-c", code, *args, cwd=d, stdin="tiny:llama\nrows.jsonl\nlora\n256\nout\n")
         assert res.stdout.splitlines()[-1].strip()=="HEAVY", (args, res.stdout, res.stderr)
+
+
+@pytest.mark.parametrize("name, content", [("a.json", b'{"text": "x"}\n{"text": "y"}\n'), ("a.jsonl", b'\xef\xbb\xbf{"text": "x"}\n'), ("a.jsonl", b'\n \n{"text": "x"}\n'), ("a.json", b'\xef\xbb\xbf\n[\n{"text":\n"x"}, {"text": "y"}]'), ("a.jsonl", b'[{"text": "x"}]'), ("a.jsonl", b'{"text": "x"}\n'+b"\xe4"*10**5)])
+def test_the_first_row_is_what_preparing_reads(name, content, tmp_path):
+    (tmp_path/name).write_bytes(content)
+    assert first_row(tmp_path/name)==dict(text="x")
+
+
+@pytest.mark.parametrize("column, role, text, keys", [("conversations", "role", "content", dict(field_messages="conversations")), ("conversations", "from", "value", dict(field_messages="conversations", message_field_role="from", message_field_content="value")),
+    ("messages", "from", "value", dict(message_field_role="from", message_field_content="value")), ("messages", "role", "content", {}), ("conversations", "role", "value", dict(field_messages="conversations", message_field_content="value"))])
+def test_what_a_new_config_says_of_messages_is_prepared(column, role, text, keys, tmp_path):
+    from tuneforge.all import TokenizerOptions, encode_rows, load_tokenizer
+    from tuneforge.tiny import tiny_tokenizer, Village
+    row = {column: [{role: "user", text: "hi"}, {role: "assistant", text: "yo"}]}
+    entry = sniff_format(row)
+    assert entry==dict(type="chat_template") | keys
+    sample, = encode_rows([row], entry | dict(path="x.jsonl", chat_template="chatml"), load_tokenizer(TokenizerOptions(base_model="tiny:llama")))
+    assert any(o!=-100 for o in sample["labels"])

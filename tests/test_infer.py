@@ -3,7 +3,7 @@ import copy, json, os, re, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 import pytest, torch
 from tuneforge.all import *
-from tuneforge.talk import answer_file, command, converse, read_rows
+from tuneforge.talk import answer_file, command, converse, jsonl_rows
 from tests.tools import bin, command as shell, run, tuneforge, write_jsonl
 
 
@@ -114,7 +114,7 @@ def test_commands(tok, model, tmp_path):
     assert [t for r, t in talk.turns if r=="user"]==["Two?"] and talk.system=="Be brief."
     assert (talk.sampling.temperature, talk.sampling.stop, talk.sampling.top_p)==(0.5, ["END"], None)
     for part in ("`temperature` is 'hot', but should be a number", "taken back: One?\n", "there is no command /nonsense", "/reset", "name a file", "cannot write to /nowhere/x"): assert part in text, part
-    assert read_rows(f)==[talk.row()]
+    assert jsonl_rows(f)==[talk.row()]
     converse(talk, script("/reset", KeyboardInterrupt()), said.append)
     assert not talk.turns and "no place for a system message" in command(Talk(model, tok, ALPACA), "/system x")
 
@@ -237,7 +237,7 @@ def test_a_file_of_questions_goes_on(home, tmp_path):
     assert code==0 and "5 rows answered\n" in said, err
     assert set(json.loads((tmp_path/"out.jsonl.settings.json").read_text()))=={"model", "compared", *SamplingOptions.model_fields} # no key that answers do not depend on
     whole = out.read_bytes()
-    assert [(r["id"], r["prompt"]) for r in read_rows(out)]==[(r["id"], r["prompt"]) for r in rows]
+    assert [(r["id"], r["prompt"]) for r in jsonl_rows(out)]==[(r["id"], r["prompt"]) for r in rows]
     for cut in (0, 10, whole.index(b"\n"), whole.index(b"\n")+1, len(whole)-1, len(whole)):
         out.write_bytes(whole[:cut])
         code, said, err = shell(*args, cwd=home)

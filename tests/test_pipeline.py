@@ -187,7 +187,7 @@ def test_the_report_fits_a_terminal_and_loses_nothing():
 def test_a_split_that_leaves_little_is_told(tmp_path, caplog, size, says):
     if says:
         with pytest.raises(UserError) as e: prep(tmp_path, [LONG[1:2]*8], val_set_size=size)
-        assert says in str(e.value) and "below 8" in str(e.value)
+        assert says in str(e.value) and "from 2 to 7" in str(e.value)
     else:
         for _ in range(2): # made, and found
             caplog.clear()

@@ -291,3 +291,18 @@ def test_ranks_agree_when_to_stop(data, tmp_path):
     assert [len(list((tmp_path/n/"tensorboard").iterdir())) for n in ("whole", "out")]==[1, 2] # the first rank alone tells the tracker, once for each start
     said = {n: [json.loads(l) for l in (tmp_path/n/"samples.jsonl").read_text().splitlines()] for n in ("whole", "out")}
     assert said["whole"]==said["out"] and [r["step"] for r in said["whole"]]==[0, 0, 3, 3, 5, 5]
+
+
+def test_a_run_below_home_lies_in_one_folder(data, tmp_path, monkeypatch):
+    (home := tmp_path/"home").mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    text = f"base_model: tiny:llama?num_hidden_layers=1\nlearning_rate: 1e-3\ndatasets:\n- path: {data}\nsave_steps: 1\nsequence_len: 128\noutput_dir: ~/out\ndataset_prepared_path: ~/prepared\n"
+    (tmp_path/"c.yml").write_text(text)
+    cfg = load_config("c.yml", max_steps=3, resume="auto")
+    with pytest.raises(Stopped): train(cfg, [StopAt(2)])
+    train(cfg, [seen := Seen()])
+    assert len(seen.ids)==1 # it went on after step 2
+    assert {"model.safetensors","run.json","README.md","checkpoint-3"}<={f.name for f in (home/"out").iterdir()} and (home/"prepared").is_dir() and not (tmp_path/"~").exists()
+    manifest = json.loads((home/"out"/"run.json").read_text())
+    assert (manifest["config"]["output_dir"], manifest["given"]["output_dir"], manifest["origins"]["output_dir"])==(str(home/"out"), "~/out", "c.yml:7")

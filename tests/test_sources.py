@@ -13,7 +13,7 @@ from tuneforge.files import DataFile, as_rows, file_rows, raw_row
 from tuneforge.options import DatasetOptions, PretrainingDataset
 from tuneforge.sources import *
 from tuneforge.tokens import load_tokenizer
-from tests.tools import run, serving, write_jsonl
+from tests.tools import permissions_hold, run, serving, write_jsonl
 
 ROWS = [dict(instruction=i, output=o) for i, o in [("When?", "1204-05-01"), ("Which dogs?", "None"), ("NA", "null"), ("Sing!", "La la,\nla \"la\" la.\n\nLa"), ("Wie heißt's?", "Größe 😀 \u2028 end"), ("007", "1e5"), ("", " spaces "), ("x", "-0")]]
 ROWS += [dict(instruction=f"question {i}", output=f"answer {i}") for i in range(12)]
@@ -686,3 +686,43 @@ def test_pretraining_entries_are_sources(tmp_path):
     (tmp_path/"x.txt").write_text("one\ntwo\nthree\n")
     e = PretrainingDataset(path=str(tmp_path/"x.txt"))
     assert list(stream_rows(e, skip=1))==[(f"{tmp_path}/x.txt:2", dict(text="two"), None), (f"{tmp_path}/x.txt:3", dict(text="three"), None)]
+
+
+# ---- what may not be read or written
+
+def test_files_that_may_not_be_read_are_said(tmp_path):
+    f = write_jsonl(tmp_path/"a.jsonl", ROWS)
+    f.chmod(0)
+    (tmp_path/"closed").mkdir()
+    (tmp_path/"closed").chmod(0)
+    opts = lambda p: DataOptions(datasets=[entry(p)], dataset_prepared_path=str(tmp_path/"prepared"))
+    tok = load_tokenizer(TokenizerOptions(base_model="tiny:llama"))
+    try:
+        with permissions_hold():
+            for read in (load_rows, lambda e: list(stream_rows(e))):
+                with pytest.raises(UserError, match="a.jsonl: cannot be read: Permission denied. Give yourself"): read(entry(f))
+            with pytest.raises(UserError, match="a.jsonl: cannot be read: Permission denied"): prepare_data(opts(f), tok)
+            with pytest.raises(UserError, match="a folder on the way there cannot be read"): prepare_data(opts(tmp_path/"closed"/"a.jsonl"), tok)
+    finally: (tmp_path/"closed").chmod(0o755)
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_cache_that_may_not_be_written_is_said(tmp_path, cache, made):
+    f = write_jsonl(tmp_path/"a.jsonl", ROWS)
+    if made: (folder := cache/"tuneforge"/"tables").mkdir(parents=True)
+    for o in ([folder] if made else [cache]): o.chmod(0o555)
+    try:
+        with permissions_hold(), pytest.raises(UserError, match="the cache of `datasets` cannot be written: Permission denied. Set `HF_HOME`"): load_rows(entry(f))
+    finally: (folder if made else cache).chmod(0o755)
+    assert len(load_rows(entry(f)))==len(ROWS)
+    with permissions_hold(): # what is there already is read
+        cache.chmod(0o555)
+        try: assert len(load_rows(entry(f)))==len(ROWS)
+        finally: cache.chmod(0o755)
+
+
+@pytest.mark.parametrize("path", ["x"*300, f"someone/{'x'*300}", f"a/{'x'*300}.jsonl"])
+def test_names_that_no_file_can_have(path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert is_local(path)==path.endswith(".jsonl")
+    with pytest.raises(UserError): load_rows(entry(path))

@@ -6,7 +6,7 @@ from tuneforge.config import Config, DataOptions, DatasetOptions, TokenizerOptio
 from tuneforge.dataset import data_key, key_parts, prepare_data, prepared_place, why_miss
 from tuneforge.store import changes, digest, disk_full, is_whole, made_once, read_manifest
 from tuneforge.tokens import load_tokenizer
-from tests.tools import tuneforge, write_jsonl
+from tests.tools import permissions_hold, tuneforge, write_jsonl
 
 TOK = load_tokenizer(TokenizerOptions(base_model="tiny:llama"))
 CHAT = [dict(role="user", content="Who?"), dict(role="assistant", content="Bagol.")]
@@ -309,3 +309,36 @@ def test_a_long_list_of_changes_is_cut(home):
     assert "other datasets" not in said and "datasets[1]" in said and "datasets[0]" not in said
     parts = [key_parts(DataOptions(datasets=o), TOK) for o in ([entry("a.jsonl")], [entry("a.jsonl"), *others])]
     assert said.splitlines()[-1]==f"  … and {len(changes(*parts))-10} more" and said.count("\n")==11
+
+
+# ---- others' folders beside ours
+
+PARTS = dict(a=1)
+
+def fill(folder): (folder/"x").write_text("x")
+
+
+@pytest.mark.parametrize("text", ['{"name": "web app"}', '{"name": ', "[1]", "", '{"parts": [], "files": {}, "made": ""}', "\udcff"])
+def test_foreign_manifests_are_passed_over(tmp_path, text):
+    (tmp_path/"site").mkdir()
+    (tmp_path/"site"/"manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert made_once(tmp_path/digest(PARTS), PARTS, fill)[0] and not made_once(tmp_path/digest(PARTS), PARTS, fill)[0]
+    assert "; since an earlier time, this has changed: a" in made_once(tmp_path/"b", dict(a=2), fill)[1] # compared with ours
+
+
+@pytest.mark.parametrize("text", ["", '{"parts": {}', "{}"])
+def test_half_a_manifest_is_damage(tmp_path, text):
+    made_once(tmp_path/"a", PARTS, fill)
+    (tmp_path/"a"/"manifest.json").write_text(text)
+    assert not is_whole(tmp_path/"a") and "damaged" in made_once(tmp_path/"a", PARTS, fill)[1] and is_whole(tmp_path/"a")
+
+
+def test_what_others_keep_to_themselves(tmp_path):
+    made_once(tmp_path/"a", PARTS, fill)
+    (tmp_path/"a").chmod(0)
+    try:
+        with permissions_hold():
+            assert made_once(tmp_path/"b", dict(a=2), fill)==(True, "prepared now")
+            with pytest.raises(UserError, match="may not read.*dataset_prepared_path"): made_once(tmp_path/"a", PARTS, fill) # and it is not thrown away
+    finally: (tmp_path/"a").chmod(0o755)
+    assert is_whole(tmp_path/"a")

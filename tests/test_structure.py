@@ -26,6 +26,16 @@ def test_imports_run_downwards(name):
     assert not above, f"{nb.name} imports {above}"
 
 
+def test_no_two_rooms_give_one_name_to_all():
+    "What comes later would take the place of what came before, and a page of a room below would not run after `from tuneforge.all import *`"
+    tree, given = ast.parse((ROOT/"tuneforge"/"all.py").read_text()), {}
+    for i in [i for i in tree.body if isinstance(i, ast.ImportFrom) and i.level]:
+        room = import_module(f"tuneforge.{i.module}")
+        for n in room.__all__ if i.names[0].name=="*" else [a.asname or a.name for a in i.names]: given.setdefault(n, {})[i.module] = getattr(room, n)
+    assert len(given)>500
+    assert {n: [*rooms] for n, rooms in given.items() if len({id(o) for o in rooms.values()})>1}=={}
+
+
 def loaded_by(code):
     res = run(sys.executable, "-c", f"import sys\n{code}\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))")
     assert res.returncode==0, res.stderr

@@ -292,7 +292,7 @@ def trained_adapter(
     cfg:Config, # `lora_model_dir`, or else `output_dir`
 ) -> Path: # checked
     "The folder of the adapter that a config trains or names. Raises `UserError` with what is there instead, and what to do."
-    folder = Path(cfg.lora_model_dir or cfg.output_dir).expanduser()
+    folder = Path(cfg.lora_model_dir or cfg.output_dir)
     if not folder.is_dir(): raise UserError(f"no adapter folder: {folder}: "+("correct `lora_model_dir`" if cfg.lora_model_dir else "train first, with `tuneforge train CONFIG.yml`, or correct `output_dir`"))
     run = folder/"run.json"
     if not (folder/"adapter_config.json").is_file() and run.is_file() and not json.loads(run.read_text(encoding="utf-8"))["config"].get("adapter"):

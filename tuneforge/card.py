@@ -19,7 +19,7 @@ from .document import counted
 from .dataset import train_entries
 from .folder import write_text
 from .prompts import prompt_format
-from .record import in_words, without_homes
+from .record import hardware_in_words, without_homes
 from .sources import is_local
 from .tokens import prompt_ids
 
@@ -127,7 +127,7 @@ def _training(run):
     rows = [("method", _kind(cfg)), ("steps", f"{m['steps']:,}{epochs}, {counted(run['rows_per_step'], 'row')} each"), ("tokens seen", f"{m['tokens']:,}")]
     if "seconds" in m: rows.append(("time", f"{_long(m['seconds'])} ({m['tokens']/max(m['seconds'],1e-9):,.0f} tokens/s)"))
     rows += [("learning rate", f"{cfg['learning_rate']:g}, {cfg['lr_scheduler']}"), ("optimizer", cfg["optimizer"]), ("longest sample", f"{cfg['sequence_len']:,} tokens"+(", several packed into a row" if cfg["sample_packing"] else "")), ("seed", cfg["seed"])]
-    rows += [("hardware", in_words(run["hardware"])), ("software", ", ".join(f"{k} {run['versions'][k]}" for k in ("tuneforge","transformers","torch","peft") if k in run["versions"]))]
+    rows += [("hardware", hardware_in_words(run["hardware"])), ("software", ", ".join(f"{k} {run['versions'][k]}" for k in ("tuneforge","transformers","torch","peft") if k in run["versions"]))]
     if git: rows.append(("code", f"commit `{git['commit'][:12]}`"+(", with changes that are not committed" if git["dirty"] else "")))
     return f"## Training\n\n{_table(rows, '', '')}\n"
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from fastcore.basics import patch
 from pydantic import PrivateAttr, SecretStr, ValidationError
 from .derive import derived
-from .document import ConfigError, Document, Mark, Problem, UserError, did_you_mean, nearest, one_slip
+from .document import ConfigError, Document, Mark, Problem, UserError, did_you_mean, expand, nearest, not_set, one_slip, one_value, stays_text
 from .options import *
 from .options import ELSEWHERE, HARMLESS, MEANT, MOVED, NOT_YET, REFUSED, RENAMED, SYNONYMS, unserved
 from .remote import MAX_BYTES, fetch_text, is_url
@@ -329,7 +329,7 @@ def _plain(v):
 # %% ../nbs/05_config.ipynb #6f1408a4
 def _path(text):
     "Keys and indices of a path as text"
-    return tuple(int(o) if o.isdigit() else o for o in text.replace("[", ".").replace("]", "").split("."))
+    return tuple(int(o) if o.isascii() and o.isdigit() else o for o in text.replace("[", ".").replace("]", "").split("."))
 
 @patch
 def where(
@@ -387,24 +387,58 @@ def _repr_html_(self:Config):
     return "<table>"+"".join(line(*r) for r in self.rows(resolved=True))+"</table>"
 
 # %% ../nbs/05_config.ipynb #996abf80
-def _quoted(v):
-    "Values whose `${` is meant literally, in quotes that keep it"
-    from ruamel.yaml.scalarstring import SingleQuotedScalarString
-    if isinstance(v, dict): return {k: _quoted(o) for k,o in v.items()}
-    if isinstance(v, list): return [_quoted(o) for o in v]
-    return SingleQuotedScalarString(v) if isinstance(v, str) and "${" in v else v
+def _plain_here(text): # ruamel speaks YAML 1.2: `no` is no boolean to it, and U+0085 does not end a line
+    return stays_text(text) and all(c.isprintable() or c in "\n\t" for c in text)
 
-def _lay(node, value, had):
+def _quoted(v):
+    "Values whose texts stay texts, and whose `${` is meant literally, in quotes that keep them"
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString, SingleQuotedScalarString
+    if isinstance(v, dict): return {_key(k): _quoted(o) for k,o in v.items()}
+    if isinstance(v, list): return [_quoted(o) for o in v]
+    if not isinstance(v, str) or "${" not in v and _plain_here(v): return v
+    return SingleQuotedScalarString(v) if v.isprintable() else DoubleQuotedScalarString(v.replace("${", "$${"))
+
+def _key(k): # no variables are replaced in keys
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+    return DoubleQuotedScalarString(k) if isinstance(k, str) and not _plain_here(k) else k
+
+def _same(a, b):
+    "Whether two values are equal, and of one kind all the way down: 1 is neither true nor 1.0"
+    if isinstance(a, dict) and isinstance(b, dict): return a.keys()==b.keys() and all(_same(v, b[k]) for k,v in a.items())
+    if isinstance(a, list) and isinstance(b, list): return len(a)==len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and a==b
+
+# %% ../nbs/05_config.ipynb #996abf83
+def _shared(node, seen):
+    "ids of ruamel's nodes that stand in several places; `seen`: those that were met so far"
+    below = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    if isinstance(node, (dict,list)) and id(node) in seen: return {id(node)}
+    seen.add(id(node))
+    return {i for o in below for i in _shared(o, seen)}
+
+def _copied(node):
+    "A block without the name of its anchor"
+    res = deepcopy(node)
+    res.yaml_set_anchor(None)
+    return res
+
+def _pairs(v): return v if isinstance(v, dict) else dict(enumerate(v)) if isinstance(v, list) else None
+
+def _within(node, value, had):
+    "Whether `node` can be brought from `had` to `value` key by key"
+    if type(value) is not type(had) or _pairs(had) is None: return False
+    if isinstance(had, list): return len(value)==len(had)
+    return set(had)<=set(node) and not any(k in o for k in set(had)-set(value) for _,o in node.merge)
+
+def _lay(node, value, had, shared):
     "Bring ruamel's `node` from `had` to `value`, touching nothing that stays"
     for k in [k for k in had if k not in value]: del node[k]
     for k,v in value.items():
-        if k in had and had[k]==v: continue
-        v = _quoted(v)
-        if isinstance(v, dict) and isinstance(had.get(k), dict) and k in node: _lay(node[k], v, had[k])
-        elif isinstance(v, list) and isinstance(had.get(k), list) and len(v)==len(had[k]):
-            pairs = lambda o: dict(enumerate(o))
-            _lay(node[k], pairs(v), pairs(had[k]))
-        else: node[k] = v
+        if k in had and _same(had[k], v): continue
+        if k not in had or not _within(node[k], v, had[k]): node[k if k in had else _key(k)] = _quoted(v)
+        else:
+            if id(node[k]) in shared: node[k] = _copied(node[k])
+            _lay(node[k], _pairs(v), _pairs(had[k]), shared)
 
 # %% ../nbs/05_config.ipynb #c2fb35ed
 @patch
@@ -417,13 +451,13 @@ def to_yaml(
     from ruamel.yaml.util import load_yaml_guess_indent
     doc = self._doc
     had = Document(doc.text, doc.file, local=doc.local).value
-    if had==doc.value: return doc.text
+    if _same(had, doc.value): return doc.text
     _,indent,offset = load_yaml_guess_indent(doc.text) if had else (None, None, None)
     yaml = YAML()
     yaml.preserve_quotes,yaml.width = True,10**6
     yaml.indent(mapping=2, sequence=indent or 4, offset=2 if offset is None else offset)
     node = yaml.load(doc.text) if had else {}
-    _lay(node, doc.value, had)
+    _lay(node, doc.value, had, _shared(node, set()))
     yaml.dump(node, out := io.StringIO())
     return out.getvalue()
 
@@ -433,8 +467,23 @@ def save(
     path:str|Path, # YAML file
 ):
     "Write `to_yaml` to a file; folders above it are made"
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(self.to_yaml(), encoding="utf-8")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+    except OSError as e: raise UserError(f"{path}: the config cannot be written there: {e.strerror or e}. Name another file, or give yourself the right to write this one") from e
+
+# %% ../nbs/05_config.ipynb #1c077340
+def _only_text(path):
+    "Whether the key at a path takes a text, and neither a list nor a block"
+    group,key = group_at(path[:-1], {}),path[-1]
+    f = group.model_fields.get(RENAMED.get(key, key)) if group else None
+    return f is not None and {str,SecretStr} & _kinds(f.annotation)!=set() and not {list,dict} & _kinds(f.annotation)
+
+def _kinds(t):
+    "The kinds of values that a type stands for"
+    if isinstance(t, type) and issubclass(t, Options): return {dict}
+    if get_origin(t) in (list,dict): return {get_origin(t)}
+    return {t} if not get_args(t) else {k for a in get_args(t) for k in _kinds(a)}
 
 # %% ../nbs/05_config.ipynb #1c07733d
 class Override:
@@ -451,10 +500,18 @@ class Override:
         if "" in self.path: raise ConfigError([Problem(f"{arg!r} names no key: write it as `--lora-r 8` or `--datasets.0.path x`", mark=self.mark)])
         if self.path==("extends",): raise ConfigError([Problem("`extends` belongs into a file; here, name several configs: they are merged from left to right", mark=self.mark)])
         self.value,self.raw = (not negated,None) if text is None else self._read(text)
+    def _bad(self, messages): return ConfigError([Problem(o, mark=self.mark) for o in messages])
     def _read(self, text):
-        try: doc = Document(f"v: {text}" if text else "v:", "on the command line")
-        except ConfigError as e: raise ConfigError([Problem(f"{text!r}: {e.problems[0].message}", mark=self.mark)]) from None
-        if doc.problems: raise ConfigError([Problem(o.message, mark=self.mark) for o in doc.problems])
+        "(value, its text): what is one YAML value is read as YAML, all else is text"
+        block = text.lstrip().startswith(("[","{"))
+        if block and _only_text(self.path) or not block and not one_value(text):
+            value,missing = expand(text)
+            if missing: raise self._bad(map(not_set, missing))
+            return value,value
+        try: doc = Document(f"v: {text}", "on the command line")
+        except ConfigError as e: raise self._bad([f"{text!r}: {e.problems[0].message}"]) from None
+        if not doc.problems and not one_value(text): raise self._bad([f"{text!r}: there is more behind the bracket that closes it"])
+        if doc.problems: raise self._bad(o.message for o in doc.problems)
         return doc.value["v"],doc.raw.get(("v",))
 
 def parse_overrides(
@@ -490,13 +547,17 @@ def read_document(
         log.warning(f"{source}: sha256 {sha}")
         return Document(text, source, local=False)
     if "://" in str(source): raise UserError(f"{source}: a config is a file, a folder, or an https address")
-    p = Path(source).expanduser()
+    try: return _read_file(Path(source).expanduser(), source)
+    except OSError as e: raise UserError(f"{source}: this config cannot be read: {e.strerror or e}. Look at its name, and at who may read it") from e
+
+def _read_file(p, source):
+    "A config on this machine"
     if p.is_dir(): p = _file_in(p)
     if p.is_file() and p.stat().st_size>MAX_BYTES: raise UserError(f"{p} is larger than {MAX_BYTES:,} bytes: this is no config")
     if not p.exists():
         near = sorted(str(o) for o in p.parent.glob("*.y*ml")) if p.parent.is_dir() else []
         raise UserError(f"no config file: {p}"+(did_you_mean(str(p), near) or (f". Files there: {', '.join(near)}" if near else "")))
-    try: return Document(p.read_text(encoding="utf-8-sig"), str(source) if not Path(source).is_dir() else str(p))
+    try: return Document(p.read_text(encoding="utf-8-sig"), str(p) if Path(source).is_dir() else str(source))
     except UnicodeDecodeError as e: raise UserError(f"{p}: this is not UTF-8 text (byte {e.start})") from e
 
 # %% ../nbs/05_config.ipynb #22fa72ba

@@ -252,10 +252,11 @@ def walk(
     tokenizer, # transformers tokenizer
     numbers:list[int]|None=None, # rows to look at, from 1; None: all
     want_offsets:bool=False, # say which characters each token covers
+    rows=None, # as `read_rows` gives them; default: all of the entry
 ): # -> iterator of (number of the row, its samples, `UserError` or None)
     "Tokenise rows again, with what prepared data no longer know: segments, roles, reasons"
     entry = with_defaults(entry, opts)
-    fmt,ds = prompt_format(entry, tokenizer),read_rows(entry, opts.on_bad_row)
+    fmt,ds = prompt_format(entry, tokenizer),read_rows(entry, opts.on_bad_row) if rows is None else rows
     for n,_,samples,error in _each(ds, list(range(1, len(ds)+1)) if numbers is None else numbers, fmt, opts, tokenizer, want_offsets): yield n,samples,error
 
 def _each(ds, numbers, fmt, opts, tokenizer, want_offsets=False):
@@ -276,9 +277,11 @@ def samples_by_row(
 ) -> list[list[Sample]]: # of each row
     "Samples as they are trained: whole, or in pieces"
     res,pieces = [[] for _ in range(n)],fit_lengths(batch, opts)
-    for a,b,i in zip(pieces.starts.tolist(), pieces.ends.tolist(), pieces.sample.tolist()):
+    for a,b,i,cut in zip(pieces.starts.tolist(), pieces.ends.tolist(), pieces.sample.tolist(), np.isin(pieces.reason, (CUT,CUT_UNTRAINED)).tolist()):
         first,last = batch.extent(i)
-        res[row[i]].append(batch[i] if (a,b)==(first,last) else batch[i].piece(a-first, b-first))
+        s = batch[i] if (a,b)==(first,last) else batch[i].piece(a-first, b-first)
+        s.cut |= cut
+        res[row[i]].append(s)
     return res
 
 # %% ../nbs/14_dataset.ipynb #4ffe839c

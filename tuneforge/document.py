@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/document.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_NODES', 'UserError', 'this_rank', 'n_ranks', 'counted', 'Mark', 'Problem', 'ConfigError', 'one_slip', 'nearest',
-           'did_you_mean', 'expand', 'Document']
+           'did_you_mean', 'stays_text', 'one_value', 'expand', 'not_set', 'Document']
 
 # %% ../nbs/00_document.ipynb #692f96f4
 import os,re
@@ -112,10 +112,28 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}
 
 _SCALARS = [("bool", r"(?:[yY]es|YES|[nN]o|NO|[tT]rue|TRUE|[fF]alse|FALSE|[oO]n|ON|[oO]ff|OFF)", "yYnNtTfFoO"),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)", "-+0123456789"),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]{0,999}|0x[0-9a-fA-F][0-9a-fA-F_]*)", "-+0123456789"),
     ("float", r"[-+]?(?:(?:0|[1-9][0-9_]*)(?:\.[0-9_]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|nan)", "-+.0123456789"),
     ("null", r"(?:~|null|Null|NULL|)", ["~","n","N",""]), ("merge", "<<", "<")]
 for _tag,_pattern,_first in _SCALARS: _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+# %% ../nbs/00_document.ipynb #7d20b4e2
+def stays_text(
+    text:str, # without quotes
+) -> bool: # `no` and `1e5` do not
+    "Whether YAML takes a single word for text"
+    return _Loader("").resolve(yaml.ScalarNode, text, (True,False)).endswith(":str")
+
+def one_value(
+    text:str, # perhaps YAML
+) -> bool: # no comment, no second line, nothing behind it
+    "Whether a text is one YAML value from its first character to its last"
+    try: root = yaml.compose(f"v: {text}", _Loader)
+    except (yaml.YAMLError, RecursionError): return False
+    if not isinstance(root, yaml.MappingNode) or len(root.value)!=1: return False
+    node = root.value[0][1]
+    if isinstance(node, yaml.ScalarNode) and node.style is None: return node.value==text.strip()
+    return not text[node.end_mark.index-3:].strip()
 
 # %% ../nbs/00_document.ipynb #53946458
 _ENV = re.compile(r"\$(\$)(?=\{)|\$\{(\w+)(?::-([^}]*))?\}")
@@ -133,6 +151,12 @@ def expand(
         if v is None: missing.append(m[2])
         return v or ""
     return _ENV.sub(lambda m: "$" if m[1] else value(m), text),missing
+
+def not_set(
+    name:str, # of a variable
+) -> str: # for the user
+    "What to say of a variable that is not there"
+    return f"the environment variable `{name}` is not set; set it, or give a default: `${{{name}:-…}}`"
 
 # %% ../nbs/00_document.ipynb #662a5c38
 MAX_NODES = 100_000 # values in a config, aliases counted each time
@@ -223,7 +247,7 @@ def _scalar(self:Document, node, path):
     if "${" in text and node.style not in ("'","|",">"):
         if not self.local: self.problems.append(Problem("a config from the network may not read environment variables", path, mark=self.marks[path]))
         text,missing = expand(text, self.env if self.local else {})
-        for o in missing: self.problems.append(Problem(f"the environment variable `{o}` is not set; set it, or give a default: `${{{o}:-…}}`", path, mark=self.marks[path]))
+        for o in missing: self.problems.append(Problem(not_set(o), path, mark=self.marks[path]))
         if node.style is None: node = yaml.ScalarNode(self.loader.resolve(yaml.ScalarNode, text, (True,False)), text, node.start_mark, node.end_mark)
     self.raw[path] = text
     return text if node.tag.endswith(":str") else self.loader.construct_object(node)

@@ -127,27 +127,44 @@ def json_schema() -> dict: # JSON Schema, draft 2020-12
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "tuneforge config"} | {k: v for k,v in schema.items() if k!="title"} | dict(anyOf=[dict(required=required), dict(required=["extends"])])
 
 # %% ../nbs/06_explain.ipynb #5911dd0f
-KNOWN_COLUMNS = [({"messages"}, dict(type="chat_template")), ({"conversations"}, dict(type="chat_template", field_messages="conversations", message_field_role="from", message_field_content="value")),
-    ({"instruction","output"}, dict(type="alpaca")), ({"text"}, dict(type="completion", field="text"))]
-"columns -> keys of a `datasets` entry"
-
 def first_row(
-    path:Path, # JSON or JSONL file
+    path:Path, # JSON or JSONL file: a list, or a row per line
 ) -> dict: # the first row
     "The first row of a file. Raises `UserError` if there is none."
     if not path.is_file(): raise UserError(f"no such file: {path}")
-    with path.open(encoding="utf-8") as f:
-        text = f.read() if path.suffix==".json" else f.readline()
-    try: rows = json.loads(text)
-    except ValueError as e: raise UserError(f"{path}: the first row is not JSON: {e}") from None
-    row = rows[0] if isinstance(rows, list) and rows else rows
+    try:
+        with path.open("rb") as f:
+            line = next((l for l in f if l.strip(b"\xef\xbb\xbf \t\r\n")), b"") # a mark of the byte order may stand alone
+            of_list = line.strip(b"\xef\xbb\xbf \t").startswith(b"[")
+            text = (line+f.read()*of_list).decode("utf-8-sig").strip()
+        if not text or of_list and not text[1:].strip(" \t\r\n]"): raise UserError(f"{path}: there is no row in it")
+        row = json.JSONDecoder().raw_decode(text[1:].lstrip())[0] if of_list else json.loads(text)
+    except UnicodeDecodeError as e: raise UserError(f"{path}: this is not UTF-8 text ({e.reason}): save it as UTF-8") from None
+    except json.JSONDecodeError as e: raise UserError(f"{path}: the first row is not JSON: {e}") from None
+    except OSError as e: raise UserError(f"{path}: cannot be read: {e.strerror or e}") from e
     if not isinstance(row, dict): raise UserError(f"{path}: a row is a JSON object, this is {type(row).__name__}")
     return row
+
+# %% ../nbs/06_explain.ipynb #5911dd12
+KNOWN_COLUMNS = [({"instruction","output"}, dict(type="alpaca")), ({"text"}, dict(type="completion", field="text"))]
+"columns -> keys of a `datasets` entry"
+
+def _of_messages(name, messages):
+    "Keys of an entry whose column `name` holds messages"
+    first = next((m for m in messages if isinstance(m, dict)), {}) if isinstance(messages, list) else {}
+    called = dict(field_messages=name, message_field_role="role", message_field_content="content")
+    if "role" not in first and ("from" in first or name=="conversations"): called["message_field_role"] = "from"
+    if "content" not in first and ("value" in first or name=="conversations"): called["message_field_content"] = "value"
+    return dict(type="chat_template") | {k: v for k,v in called.items() if v!=_CHAT[k].default}
+
+_CHAT = PLACES["datasets[]"].model_fields
 
 def sniff_format(
     row:dict, # the first row of a dataset
 ) -> dict: # keys of a `datasets` entry; empty: no known format
     "The format that fits the columns of a row"
+    for name in ("messages","conversations"):
+        if name in row: return _of_messages(name, row[name])
     return next((keys for columns,keys in KNOWN_COLUMNS if columns<=set(row)), {})
 
 # %% ../nbs/06_explain.ipynb #25d066b1
@@ -220,7 +237,7 @@ def _ask_until(question, say):
         except UserError as e: say(f"  {e}")
 
 def _length(text):
-    if not (text.isdigit() and int(text)>1): raise UserError(f"{text!r} is no number of tokens")
+    if not (text.isascii() and text.isdigit() and int(text)>1): raise UserError(f"{text!r} is no number of tokens")
     return int(text)
 
 def _data(path, say):

@@ -6,8 +6,8 @@ Docs: https://tuneforge.github.io/tuneforge/files.html.md"""
 
 # %% auto #0
 __all__ = ['KINDS', 'PACKED', 'BLOCK', 'NO_UTF8', 'RECODE', 'kind_of', 'DataFile', 'blocks', 'Found', 'parse_line', 'json_blocks',
-           'check_file', 'file_rows', 'places', 'Misfit', 'NoRows', 'sure_schema', 'write_tables', 'as_rows', 'raw_row',
-           'cache_folder', 'content_sum', 'write_whole', 'read_table']
+           'unreadable', 'check_file', 'file_rows', 'places', 'Misfit', 'NoRows', 'sure_schema', 'write_tables',
+           'as_rows', 'raw_row', 'cache_folder', 'content_sum', 'write_whole', 'read_table']
 
 # %% ../nbs/09_files.ipynb #e959a39a
 import csv,hashlib,io,json,os,re,time,uuid
@@ -216,15 +216,25 @@ def _json_rows(f):
             row,error = parse_line(l)
             yield Found(i, row, error, l.decode("utf-8", "backslashreplace"))
 
+def unreadable(
+    name:str|Path, # of a file
+    e:OSError, # of the system
+) -> UserError: # what to say
+    "A file that is there, and cannot be read"
+    return UserError(f"{name}: cannot be read: {e.strerror or e}. Give yourself the right to read it, or name another file")
+
 def check_file(
     f:DataFile, # of any kind
 ) -> None:
     "Raises `UserError` for a file that is empty, only stands for another one, or is not compressed as its name says"
-    if not (size := f.path.stat().st_size): raise UserError(f"{f.shown}: the file is empty")
-    if size<1024 and f.path.read_bytes().startswith(b"version https://git-lfs"): raise UserError(f"{f.shown}: this is only a pointer of Git LFS to the file: fetch it with `git lfs pull`")
+    try:
+        size = f.path.stat().st_size
+        with open(f.path, "rb") as file: head = file.read(32)
+    except OSError as e: raise unreadable(f.shown, e) from e
+    if not size: raise UserError(f"{f.shown}: the file is empty")
+    if size<1024 and head.startswith(b"version https://git-lfs"): raise UserError(f"{f.shown}: this is only a pointer of Git LFS to the file: fetch it with `git lfs pull`")
     packed = PACKED.get((suffix := f.path.suffix).lower())
     if not packed or f.kind in ("parquet","arrow"): return
-    with open(f.path, "rb") as file: head = file.read(4)
     if not head.startswith(_MAGIC[packed]): raise UserError(f"{f.shown}: this is no {packed} file: if it isn't compressed, take `{suffix}` off its name")
 
 def file_rows(
@@ -402,8 +412,11 @@ def cache_folder(
     "Where copies and tables are kept: within the cache of `datasets` (`HF_HOME`, `HF_DATASETS_CACHE`)"
     from datasets import config
     folder = Path(config.HF_DATASETS_CACHE, "tuneforge", *parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise _no_cache(folder, e) from e
     return folder
+
+def _no_cache(folder, e): return UserError(f"{folder}: the cache of `datasets` cannot be written: {os.strerror(e.errno)}. Set `HF_HOME` or `HF_DATASETS_CACHE` to a folder that can")
 
 @lru_cache(4096)
 def _sum_of(path, *stat):
@@ -413,9 +426,11 @@ def content_sum(
     path:Path, # any file
 ) -> str: # SHA-256
     "What identifies the content of a file"
-    s = path.stat()
-    old = time.time_ns()-max(s.st_mtime_ns, s.st_ctime_ns)>3*10**9 # a younger file could change without a new date
-    return (_sum_of if old else _sum_of.__wrapped__)(str(path), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+    try:
+        s = path.stat()
+        old = time.time_ns()-max(s.st_mtime_ns, s.st_ctime_ns)>3*10**9 # a younger file could change without a new date
+        return (_sum_of if old else _sum_of.__wrapped__)(str(path), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+    except OSError as e: raise unreadable(path, e) from e
 
 def write_whole(
     path:Path, # the file
@@ -426,6 +441,7 @@ def write_whole(
     try:
         write(part)
         os.replace(part, path)
+    except PermissionError as e: raise _no_cache(path.parent, e) from e
     finally: part.unlink(missing_ok=True)
     return path
 

@@ -98,7 +98,8 @@ def fetch_folder(
     def fetch():
         try:
             get(MANIFEST)
-            for name in read_manifest(folder)["files"]: get(name)
+            if (m := read_manifest(folder)) is None: return False
+            for name in m["files"]: get(name)
         except LocalEntryNotFoundError: raise # it could not be asked
         except (EntryNotFoundError,RepositoryNotFoundError): return False
         return is_whole(folder)

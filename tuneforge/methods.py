@@ -56,7 +56,7 @@ def _adapter_hooks(cfg, model):
     "What an adapter needs besides itself"
     init = cfg.peft_init_lora_weights
     if cfg.relora or cfg.relora_steps: return [ReLora(model, cfg, cfg.seed, True if init is None else init)]
-    given = cfg.lora_model_dir and (Path(cfg.lora_model_dir).expanduser()/BASE_FILE).is_file()
+    given = cfg.lora_model_dir and (Path(cfg.lora_model_dir)/BASE_FILE).is_file()
     if given or init=="loftq" or cfg.peft: return [KeepBase(model)]
     return [PlainAtEnd(model)] if isinstance(init, str) and CHANGES_BASE.fullmatch(init) else []
 

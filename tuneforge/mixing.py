@@ -87,7 +87,7 @@ def draw_valid(
     seed:int, # of the draw
 ) -> tuple: # (indices to train on, indices to evaluate on), both ascending
     "Split rows at random. Raises `UserError` when one side would be empty."
-    n_valid = int(size) if size>1 else math.ceil(n*size)
-    if size and not 0<n_valid<n: raise UserError(f"`val_set_size: {size:.15g}` of {counted(n, 'row')} leaves nothing on one side: give a share such as 0.05, or a number of rows below {n:,}")
+    n_valid = int(size) if size>1 else math.ceil(n*size-1e-9) # 100*0.07 is a little more than 7
+    if size and not 0<n_valid<n: raise UserError(f"`val_set_size: {size:.15g}` of {counted(n, 'row')} leaves nothing on one side{' (1 is all of them)'*(size==1)}: give a share below 1, such as 0.05"+f", or a number of rows from 2 to {n-1:,}"*(n>2))
     order = np.random.default_rng(seed).permutation(n)
     return np.sort(order[n_valid:]),np.sort(order[:n_valid])

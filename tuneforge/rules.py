@@ -9,8 +9,7 @@ __all__ = ['RULES', 'NOTES', 'OFF', 'ONE_OF', 'NEEDS', 'SCHEDULE_READS', 'PLUGIN
            'holds', 'in_yaml', 'optim_arguments']
 
 # %% ../nbs/02_rules.ipynb #de8f2bed
-import ast, re
-from pathlib import Path
+import ast, os, re
 from .document import Problem
 from .options import AllOptions, LoraOptions
 
@@ -490,7 +489,7 @@ def _frozen_inputs_need_a_gradient(cfg):
 # %% ../nbs/02_rules.ipynb #b35fdaa5
 @rule
 def _remote_code_is_pinned(cfg):
-    if cfg.trust_remote_code and not (re.fullmatch(r"[0-9a-f]{40}", cfg.revision_of_model or "") or Path(cfg.base_model).expanduser().is_dir()):
+    if cfg.trust_remote_code and not (re.fullmatch(r"[0-9a-f]{40}", cfg.revision_of_model or "") or os.path.isdir(cfg.base_model)):
         yield "trust_remote_code", "`trust_remote_code: true` runs code from the hub: pin it with `revision_of_model`, a commit of 40 hex digits, or name a folder"
 
 @rule

@@ -26,7 +26,7 @@ from .loaders import PlanLoader
 from .mixing import fingerprints
 from .packing import Collator, plan_epoch
 from .stream import evaluation_data
-from .talk import read_rows
+from .talk import jsonl_rows
 from .tokens import IGNORE, bos_ids
 from .trainer import causal_loss
 
@@ -144,7 +144,7 @@ def read_bench(
     path = opts.bench_dataset
     if not path or not Path(path).is_file():
         raise UserError(f"`bench_dataset: {path}` is no file here: fetch the questions first, and name a JSONL with `question`, `choices` and `answer`")
-    rows = _json_rows(path) if path.endswith(".json") else read_rows(path)
+    rows = _json_rows(path) if path.endswith(".json") else jsonl_rows(path)
     res = [_choice_row(r, f"{path}: row {i}") for i,r in enumerate(rows, 1) if r.get("split", opts.bench_split)==opts.bench_split]
     if not res: raise UserError(f"{path} has no rows of the split {opts.bench_split!r} (`bench_split`)")
     return res

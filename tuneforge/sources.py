@@ -26,13 +26,19 @@ def is_local(
     path:str, # of a dataset entry
 ) -> bool: # whether it can only mean a file
     "A path that exists, or that is written as one: `./x`, `/x`, `~/x`, `x.jsonl`"
-    return Path(path).expanduser().exists() or "://" not in path and (path.startswith((".","/","~")) or kind_of(path) is not None)
+    return _there(path) or "://" not in path and (path.startswith((".","/","~")) or kind_of(path) is not None)
 
 def absent(
     path:str, # of a dataset entry
 ) -> bool: # where an error is certain, on this machine
     "Whether a path can only mean a file, and there is none"
-    return is_local(path) and not Path(path).expanduser().exists()
+    return is_local(path) and not _there(path)
+
+def _there(path):
+    "Whether a path exists; a name that no file can have, such as one that is too long, does not"
+    try: return Path(path).expanduser().exists()
+    except PermissionError as e: raise UserError(f"{path}: a folder on the way there cannot be read. Give yourself the right to, or name another place") from e
+    except OSError: return False
 
 def absent_files(
     cfg, # `datasets`, `test_datasets`, `pretraining_dataset`
@@ -47,7 +53,7 @@ def absent_folders(
     "Models and checkpoints that are folders, and not here"
     models = [(k, v) for k in ("base_model","tokenizer_config","lora_model_dir") if (v := getattr(cfg, k)) and only_a_folder(v)]
     begun = [(k, v) for k in ("resume","resume_from_checkpoint") if (v := getattr(cfg, k)) and v not in ("auto","never")]
-    return [((k,), v) for k,v in models+begun if not Path(v).expanduser().is_dir()]
+    return [((k,), v) for k,v in models+begun if not os.path.isdir(v)]
 
 # %% ../nbs/10_sources.ipynb #ad1a9df5
 @dataclass

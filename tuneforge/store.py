@@ -28,9 +28,11 @@ MANIFEST = "manifest.json"
 def read_manifest(
     folder:Path, # perhaps one that `made_once` made
 ) -> dict|None: # `parts`, `files`, `made`; None: there is none
-    "What a folder was made of"
-    path = folder/MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    "What a folder was made of; a file that is no manifest of ours, or half of one, is none. Raises `UserError` for one that this user may not read."
+    try: m = json.loads((folder/MANIFEST).read_text(encoding="utf-8"))
+    except PermissionError as e: raise UserError(f"{e.filename}: prepared data that you may not read: ask their owner, or name another folder with `dataset_prepared_path`") from e
+    except (OSError, ValueError): return None
+    return m if isinstance(m, dict) and isinstance(m.get("made"), str) and all(isinstance(m.get(k), dict) for k in ("parts","files")) else None
 
 def changes(
     old:dict, # parts
@@ -61,9 +63,16 @@ def _told(diff, old, new, n=10):
     if len(theirs)>n and not files(old) & files(new): diff = ["other datasets: none of their files is the same", *[k for k in diff if k not in theirs]]
     return diff[:n]+[f"… and {len(diff)-n} more"]*(len(diff)>n)
 
+def _manifests(folder):
+    "(folder, manifest) of all that can be read"
+    for f in sorted(folder.iterdir()) if folder.is_dir() else []:
+        try: m = None if f.name.endswith(".part") else read_manifest(f)
+        except UserError: continue # somebody else's: nothing to compare with
+        if m: yield f,m
+
 def _most_similar(folder, parts):
     "(what differs, manifest, folder) of the one that differs least; of several, the newest; None: there is none"
-    made = [(f, m) for f in (sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []) if not f.name.endswith(".part") and (m := read_manifest(f))]
+    made = list(_manifests(folder.parent))
     made.sort(key=lambda o: o[1]["made"], reverse=True)
     return min(((changes(m["parts"], parts), m, f) for f,m in made), key=lambda o: len(o[0]), default=None)
 

@@ -8,6 +8,7 @@ Docs: https://tuneforge.github.io/tuneforge/templates.html.md"""
 __all__ = ['TEMPLATES', 'DAY', 'register_chat_template', 'resolve_template', 'without_clock']
 
 # %% ../nbs/08_templates.ipynb #4a667ae9
+import os
 from datetime import date
 from pathlib import Path
 from .config import log
@@ -33,8 +34,10 @@ def _named(name):
 def _jinja(text):
     "Jinja text, or the content of a file with it"
     if "{" in text or "\n" in text: return text
-    path = Path(text).expanduser()
-    if path.is_file(): return path.read_text(encoding="utf-8")
+    path = os.path.expanduser(text)
+    try:
+        if os.path.isfile(path): return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e: raise UserError(f"`chat_template_jinja: {text}` cannot be read: {e}") from e
     raise UserError(f"`chat_template_jinja: {text}` is neither a Jinja text nor a file")
 
 def resolve_template(

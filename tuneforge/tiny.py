@@ -176,6 +176,7 @@ def resolve_model(
 ) -> str: # hub id or folder
     "Where transformers finds `name`. Raises `UserError` for a path that isn't there."
     if name.startswith("tiny:"): return str(tiny_model(name))
-    if only_a_folder(name) and not Path(name).expanduser().is_dir():
+    folder = os.path.expanduser(name)
+    if only_a_folder(name) and not os.path.isdir(folder):
         raise UserError(f"`base_model` {name!r}: there is no such folder")
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    return folder if os.path.isdir(folder) else name

@@ -288,7 +288,7 @@ def train(
     allow_drift:bool=False, # go on from a checkpoint though config or data have changed
 ) -> Run: # what came of it
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
-    if Path(cfg.output_dir).resolve()==Path(cfg.base_model).expanduser().resolve(): raise UserError(f"`output_dir` is the folder of `base_model`, {cfg.base_model}, and the result would be written over what it is made of: name another folder")
+    if Path(cfg.output_dir).resolve()==Path(cfg.base_model).resolve(): raise UserError(f"`output_dir` is the folder of `base_model`, {cfg.base_model}, and the result would be written over what it is made of: name another folder")
     with held(cfg.output_dir):
         check_hub(cfg)
         if not allow_drift: check_config(cfg)
