@@ -61,6 +61,51 @@ def test_batches_answer_as_one_by_one_and_as_by_hand(tok, model):
     assert alone==[tok.decode(by_hand(model, p, 9, {tok.eos_token_id}), skip_special_tokens=True) for p in prompts]
 
 
+def test_a_neighbour_with_a_long_prompt_cuts_no_answer(tok):
+    "A model of 64 tokens: a prompt of 60 has room for 4, the others for what was asked; exact match is that of one by one"
+    from datasets import Dataset
+    name = "tiny:llama?num_hidden_layers=1&max_position_embeddings=64"
+    small, q = load_model(ModelOptions(base_model=name), tok).eval(), tok("Bagol").input_ids
+    new = by_hand(small, q, 14, set())
+    k = next(i for i in range(13, 5, -1) if new[i] not in new[:i])
+    small.generation_config.eos_token_id = new[k]
+    row = lambda q, a: dict(input_ids=q+a, labels=[-100]*len(q)+a)
+    ds = Dataset.from_list([row(q, new[:k+1]), row([10]*60, [11]), row([10]*9, [12])])
+    alone, both = (answer_all(small, tok, ds, batch_size=n, progress=False) for n in (1, 3))
+    assert alone.rows==both.rows and both.exact_match>=1/3
+    with pytest.raises(UserError, match="leaves no room"): generate(small, tok, [q, [10]*64])
+
+
+def test_a_model_that_takes_padding_for_text_hears_none(tok):
+    "RWKV reads no mask: after a few steps of training, what it says after a prompt is what it says after that prompt alone"
+    rwkv = load_model(ModelOptions(base_model="tiny:rwkv"), tok)
+    torch.manual_seed(0)
+    steps = torch.optim.AdamW(rwkv.parameters(), lr=1e-2)
+    for r in Village().texts(1)[:16]:
+        ids = tok(r["text"], return_tensors="pt").input_ids[:, :32]
+        rwkv(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        steps.step(), steps.zero_grad()
+    prompts = [tok(f"{w} {n}").input_ids for n in list(Village().people)[:3] for w in ("Where does", "Bagol lives in Dunholm. The home of")]
+    want = [tok.decode(by_hand(rwkv.eval(), p, 4, {tok.eos_token_id}), skip_special_tokens=True) for p in prompts]
+    assert generate(rwkv, tok, prompts, max_new_tokens=4)==want and len(set(map(len, prompts)))>1
+
+
+def test_what_the_model_says_of_itself_does_not_choose_tokens(tok, model):
+    "Greedily is greedily, whatever the base's generation_config says; also piece by piece, where beams cannot be"
+    said = model.generation_config
+    want = tok.decode(by_hand(model, ids := tok("Bagol").input_ids, 8, {tok.eos_token_id}), skip_special_tokens=True)
+    torch.manual_seed(0)
+    drawn = generate(model, tok, [ids], max_new_tokens=8, temperature=1.5)
+    try:
+        model.generation_config = type(said)(eos_token_id=said.eos_token_id, do_sample=True, num_beams=3, num_return_sequences=2, repetition_penalty=5.0, typical_p=0.1, epsilon_cutoff=0.1, eta_cutoff=0.1,
+            top_k=1, top_p=1e-6, min_p=1.0, no_repeat_ngram_size=1, min_new_tokens=4, suppress_tokens=by_hand(model, ids, 1, {}), guidance_scale=3.0)
+        pieces = []
+        assert generate(model, tok, [ids], max_new_tokens=8, streamer=word_streamer(tok, pieces.append))==[want]==["".join(pieces)]
+        torch.manual_seed(0)
+        assert generate(model, tok, [ids], max_new_tokens=8, temperature=1.5)==drawn!=[want]
+    finally: model.generation_config = said
+
+
 def test_drawing(tok, model):
     def draw(**kw):
         torch.manual_seed(0)
@@ -77,6 +122,7 @@ def test_stop_texts_are_cut_and_never_shown(tok, model):
     stop, pieces = whole[10:14], []
     got = generate(model, tok, ["Bagol"], max_new_tokens=20, stop=[stop], streamer=word_streamer(tok, pieces.append, [stop]))[0]
     assert got==whole[:whole.index(stop)]=="".join(pieces)
+    assert generate(model, tok, ["Bagol"], max_new_tokens=20, stop=["l"+whole[0]])[0]==whole # begins in the prompt
     assert cut_at("one two three", ["three", "two"])=="one " and cut_at("one", None)=="one"
 
 
