@@ -21,10 +21,11 @@ def _at_least(least, **options):
     for k,v in options.items():
         if v is not None and v<least: raise UserError(f"`--{k.replace('_', '-')}` is {v}, but should be {least} or more")
 
-def _no_file_in_the_way(folder, option):
-    "Raises `UserError` where a folder cannot be made, as one of its names is a file's"
-    for p in (folder, *folder.parents):
+def _new_folder(path, option):
+    "A folder that can be made. Raises `UserError` where a file is in the way."
+    for p in (Path(path), *Path(path).parents):
         if p.exists() and not p.is_dir(): raise UserError(f"{p} is a file: name a folder with --{option}")
+    return Path(path)
 
 def preprocess(
     cfg, # the run's `Config`
@@ -239,8 +240,7 @@ def fetch(
 ):
     "Copy the examples that come with tuneforge; needs no network"
     if what!="examples": raise UserError(f"there is nothing called {what!r} to fetch: only `examples`")
-    target = Path(dest or what)
-    _no_file_in_the_way(target, "dest")
+    target = _new_folder(dest or what, "dest")
     source = Path(__file__).parent/"examples"
     new = [f.relative_to(source) for f in sorted(source.rglob("*")) if f.is_file()]
     kept = [f for f in new if (target/f).is_file() and (target/f).read_bytes()!=(source/f).read_bytes()]
@@ -255,8 +255,7 @@ def quickstart(
 ):
     "Train, fine-tune, merge and question a small model, from nothing, in minutes"
     from tuneforge.all import quickstart as run
-    _no_file_in_the_way(Path(out), "out")
-    run(Path(out))
+    run(_new_folder(out, "out"))
 
 # %% ../nbs/60_cli.ipynb #513f36cb
 def config_check(
@@ -383,15 +382,6 @@ def run_command(
     if rest: raise UserError(f"`tuneforge {name}` takes no {rest[0]!r}: see tuneforge {name} --help")
     return f(**kw)
 
-# %% ../nbs/60_cli.ipynb #65862c3b
-REFUSED = (errno.ENOSPC,errno.EDQUOT,errno.EACCES,errno.EPERM,errno.EROFS,errno.EISDIR,errno.ENOTDIR,errno.ENAMETOOLONG)
-"What a file system says when it is full, or may not be written to there: for the user to mend"
-
-def _let_go():
-    "Lose what a stdout does not take, as Python would try it once more at its end"
-    try: sys.stdout.flush()
-    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
 def _do(args):
     "What a command line asks for"
     if not args or args[0] in _HELP: return print(help_text())
@@ -401,6 +391,7 @@ def _do(args):
     if name is None: raise UserError(unknown_command(args))
     run_command(name, args[len(name.split()):])
 
+# %% ../nbs/60_cli.ipynb #e9967e6e
 class Said(logging.Handler):
     "Writes to what stderr is at that moment: a live display puts its own there"
     def emit(self, record): print(self.format(record), file=sys.stderr)
@@ -412,6 +403,15 @@ def say(
     log.handlers = [Said()]
     log.setLevel(logging.INFO if this_rank()==0 else logging.WARNING)
 
+REFUSED = (errno.ENOSPC,errno.EDQUOT,errno.EACCES,errno.EPERM,errno.EROFS,errno.EISDIR,errno.ENOTDIR,errno.ENAMETOOLONG)
+"What a file system says when it is full, or may not be written to there: for the user to mend"
+
+def _let_go():
+    "Lose what a stdout does not take, as Python would try it once more at its end"
+    try: sys.stdout.flush()
+    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+# %% ../nbs/60_cli.ipynb #65862c3b
 def main(
     argv:list[str]|None=None, # arguments; default: the process's
 ) -> int: # exit code: 0 done, 2 a mistake of the user's

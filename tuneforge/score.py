@@ -276,10 +276,18 @@ def _scores(cfg, model, tokenizer, ds, max_answers, answer):
 
 def _metrics(cfg): return [cfg.eval_causal_lm_metrics] if cfg.eval_causal_lm_metrics else []
 
-def _entries(cfg): # in the order of the data's report: of a stream only the rows to evaluate on are there
-    return [*(train_entries(cfg) if not streams(cfg) else []), *expand_entries(cfg.test_datasets or [])]
+def _data_sets(cfg, data, split):
+    "(entry, path, rows) of each; of a stream, only the rows to evaluate on are in the report"
+    entries = [*(train_entries(cfg) if not streams(cfg) else []), *expand_entries(cfg.test_datasets or [])]
+    there = [e for s,e in zip(data.report.sources, entries, strict=True) if _in_split(s, split)]
+    return [(e, *o) for e,o in zip(there, by_dataset(data, split, entries).items(), strict=True)]
 
 def _has_answers(entry): return entry.type not in ("completion","pretrain") # plain text has no questions
+
+def _made_folder(path): # it may not be that of the training
+    try: Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f"cannot write the scores to `output_dir: {path}`: {e.strerror}") from e
+    return Path(path)
 
 def _summary(rows):
     "`metric,training,validation`, over all data sets, as Axolotl writes it"
@@ -292,17 +300,12 @@ def _summary(rows):
     return out.getvalue()
 
 # %% ../nbs/57_score.ipynb #c621264d
-def _make_folder(path): # it may not be that of the training
-    try: Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"cannot write the scores to `output_dir: {path}`: {e.strerror}") from e
-
 def _of_model(cfg, name, model, tokenizer, data, max_answers, train_rows, more):
     "All lines of one model"
     rows = []
     for split in ("train","valid"):
         if split=="valid" and (data is None or data.valid is None) or split=="train" and not train_rows: continue
-        there = [e for s,e in zip(data.report.sources, _entries(cfg), strict=True) if _in_split(s, split)]
-        for e,(path,ds) in zip(there, by_dataset(data, split, _entries(cfg)).items(), strict=True):
+        for e,path,ds in _data_sets(cfg, data, split):
             ds = ds if split=="valid" else ds.select(np.linspace(0, len(ds)-1, min(train_rows, len(ds))).astype(int))
             rows.append(dict(model=name, split=split, dataset=path) | _scores(cfg, model, tokenizer, ds, max_answers if split=="valid" else 0, _has_answers(e)))
     if cfg.do_bench_eval: rows.append(dict(model=name, split="bench", dataset=cfg.bench_dataset) | bench(model, tokenizer, read_bench(cfg)))
@@ -323,8 +326,7 @@ def evaluate(
     if cfg.do_bench_eval: read_bench(cfg) # what is missing is said before anything is computed
     more = dict(tasks=tasks["tasks"], manager=find_tasks(tasks["tasks"], tasks.get("folder")), limit=tasks.get("limit")) if tasks else None
     if cfg.do_causal_lm_eval: text_scores(Answers([("","a","a")]), *_metrics(cfg))
-    model,tokenizer = load_finetuned(cfg)
-    _make_folder(cfg.output_dir)
+    (model,tokenizer),out = load_finetuned(cfg),_made_folder(cfg.output_dir)
     data = evaluation_data(cfg, tokenizer)
     if data is not None and data.valid is not None: check_unseen(cfg, data, tokenizer)
     rows = _of_model(cfg, "tuned", model, tokenizer, data, max_answers, train_rows, more)
@@ -334,7 +336,7 @@ def evaluate(
     if compare:
         del model
         rows = [r for pair in zip(_of_model(cfg, "base", load_finetuned(cfg, "base")[0], tokenizer, data, max_answers, train_rows, more), rows) for r in pair]
-    write_text(Path(cfg.output_dir)/"evaluation.json", json.dumps(rows, indent=1))
-    write_text(Path(cfg.output_dir)/"eval_summary.csv", _summary(rows))
-    if hard: write_text(Path(cfg.output_dir)/"hardest.json", json.dumps([h.plain() for h in hard], ensure_ascii=False, indent=1))
+    write_text(out/"evaluation.json", json.dumps(rows, indent=1))
+    write_text(out/"eval_summary.csv", _summary(rows))
+    if hard: write_text(out/"hardest.json", json.dumps([h.plain() for h in hard], ensure_ascii=False, indent=1))
     return Evaluation(rows, cfg.output_dir, hard)
