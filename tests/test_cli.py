@@ -242,6 +242,17 @@ def test_fetch_examples(d):
     assert (d/"examples"/"lora.yml").read_text()=="mine: 1\n"
 
 
+def test_the_quick_start_stands_in_any_folder(tmp_path, monkeypatch):
+    from tuneforge.config import load_config
+    from tuneforge.quickstart import write_quickstart
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain", "my #1 try", "a: b", "[x]", "{x}", "{folder}", "é", "it's", "- x", "*x", "%x", "@x", "a\\b", 'q"q', "$HOME ${X}", "$${X}"):
+        write_quickstart(Path(name))
+        first, second = (load_config(f"{name}/{n}.yml") for n in ("pretrain", "lora"))
+        assert (first.output_dir, first.datasets[0].path, second.base_model, second.test_datasets[0].path)==(f"{name}/base", f"{name}/data/village.jsonl", f"{name}/base", f"{name}/data/held_out.jsonl")
+        assert ('"' in (Path(name)/"lora.yml").read_text())==(name not in ("plain", "é"))
+
+
 def test_every_example_is_a_sound_config():
     from tuneforge.config import load_config
     found = sorted((ROOT/"examples").rglob("*.yml"))
