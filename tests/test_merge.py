@@ -328,6 +328,7 @@ def test_folders_of_others_are_left_alone(tmp_path):
     assert (tmp_path/"merged"/"thesis.txt").read_text()=="mine"
     (tmp_path/"file").write_text("")
     with pytest.raises(UserError, match="is a file"): merge(cfg, tmp_path/"file")
+    with pytest.raises(UserError, match="would be replaced"): merge(cfg, "/")
 
 
 def test_what_is_merged_is_not_replaced(tmp_path):

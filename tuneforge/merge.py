@@ -478,7 +478,7 @@ def _put_right(out):
 @contextmanager
 def _alone(out):
     "Within it, no other merge writes to `out`"
-    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    lock = FileLock(out.parent/f".{out.name}.lock")
     try: out.parent.mkdir(parents=True, exist_ok=True); lock.acquire(blocking=False)
     except Timeout: raise UserError(f"another merge is writing to {out}: wait for it, or name another folder with --out") from None
     except NotImplementedError: log.warning(f"{out.parent} is on a file system without locks: that no other merge writes there cannot be checked")
