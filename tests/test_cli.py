@@ -1,9 +1,10 @@
 "The command line as a user types it: the whole way, and every mistake a message and exit code 2"
-import contextlib, io, json, os, shutil
+import contextlib, io, json, os, shutil, sys
 from pathlib import Path
 import pytest
-from tests.tools import ROOT, command, run, tuneforge, write_jsonl
+from tests.tools import ROOT, bin, command, run, tuneforge, write_jsonl
 from tuneforge.cli import main
+from tuneforge.document import UserError
 from tuneforge.tiny import Village, tiny_model
 
 # A config as people have them for Axolotl: an alpaca LoRA run with its blank keys and its GPU settings.
@@ -192,8 +193,43 @@ def test_unknown_command(d):
     assert "before the options" in mistake(d, "train", "--lora-r", "8", "c.yml")
 
 
+def test_what_people_also_call_a_command(d):
+    for word, name in (("eval", "evaluate"), ("chat", "inference"), ("generate", "inference"), ("infer", "inference")): assert f"did you mean `{name}`?" in mistake(d, word, "c.yml")
+    assert "did you mean `check`?" in mistake(d, "config", "chek", "c.yml")
+
+
+@pytest.mark.parametrize("args, said", [(["evaluate", "c.yml", f"--{o}", "-1"], f"`--{o}` is -1, but should be 0 or more") for o in ("max-answers", "train-rows", "rank")]+[
+    (["evaluate", "c.yml", "--harness", "x", "--harness-limit", "0"], "`--harness-limit` is 0, but should be 1 or more"), (["preprocess", "c.yml", "--debug", "--debug-num-examples", "-1"], "`--debug-num-examples` is -1"),
+    (["preview", "c.yml", "--random", "-1"], "`--random` is -1"), (["preview", "c.yml", "--max-odd", "-1"], "`--max-odd` is -1"), (["preview", "c.yml", "--html", "."], ". is a folder: name a file with --html"),
+    (["fetch", "examples", "--dest", "mine.jsonl"], "mine.jsonl is a file: name a folder with --dest"), (["fetch", "examples", "--dest", "mine.jsonl/x"], "mine.jsonl is a file: name a folder with --dest"),
+    (["quickstart", "--out", "mine.jsonl"], "mine.jsonl is a file: name a folder with --out"), (["quickstart", "--out", "mine.jsonl/x/y"], "mine.jsonl is a file: name a folder with --out")], ids=lambda o: " ".join(o) if isinstance(o, list) else "")
+def test_bad_arguments(d, args, said): assert said in mistake(d, *args)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_stdout_that_takes_nothing(d):
+    "As Python buffers what goes to a pipe or a file, it is noticed at the end of a command: a reader that has gone is no mistake, a full disk is one, and neither is a traceback"
+    (d/"c.yml").write_text(CONFIG.format(data="mine.jsonl", type="alpaca", more=""))
+    sh = lambda line: run("sh", "-c", f"{line.replace('tuneforge', bin('tuneforge'))}; echo \"ended with $?\" >&2", cwd=d, env=dict(PYTHONUNBUFFERED="")).stderr
+    assert sh("(tuneforge --help; echo \"ended with $?\" >&2) | true").startswith("ended with 0\n")
+    full = sh("tuneforge config check c.yml >/dev/full")
+    assert "ended with 2" in full and "No space left on device" in full and "Traceback" not in full and "ignored" not in full, full
+
+
+def test_no_stdin(d):
+    "Closed, or with bytes that are no text"
+    from tuneforge.cli import _piped
+    with pytest.raises(UserError, match="the standard input is not UTF-8"): _piped(io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8").read)
+    (d/"c.yml").write_text(CONFIG.format(data="mine.jsonl", type="alpaca", more=""))
+    was, sys.stdin = sys.stdin, None
+    try: assert "there is no standard input to read from: give --prompt-file FILE" in mistake(d, "inference", "c.yml")
+    finally: sys.stdin = was
+
+
 def test_help_and_version(d):
     assert tuneforge("--version", cwd=d).stdout.strip().count(".")==2
+    group = command("config", "--help", cwd=d)
+    assert group[0]==0 and "config explain" in group[1] and "merge-lora" not in group[1]
     assert "merge-lora" in tuneforge("--help", cwd=d).stdout
     assert "--debug-num-examples" in tuneforge("preprocess", "--help", cwd=d).stdout
 
@@ -204,6 +240,17 @@ def test_fetch_examples(d):
     (d/"examples"/"lora.yml").write_text("mine: 1\n")
     assert "left alone" in tuneforge("fetch", "examples", cwd=d).stdout
     assert (d/"examples"/"lora.yml").read_text()=="mine: 1\n"
+
+
+def test_the_quick_start_stands_in_any_folder(tmp_path, monkeypatch):
+    from tuneforge.config import load_config
+    from tuneforge.quickstart import write_quickstart
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain", "my #1 try", "a: b", "[x]", "{x}", "{folder}", "é", "it's", "- x", "*x", "%x", "@x", "a\\b", 'q"q', "$HOME ${X}", "$${X}"):
+        write_quickstart(Path(name))
+        first, second = (load_config(f"{name}/{n}.yml") for n in ("pretrain", "lora"))
+        assert (first.output_dir, first.datasets[0].path, second.base_model, second.test_datasets[0].path)==(f"{name}/base", f"{name}/data/village.jsonl", f"{name}/base", f"{name}/data/held_out.jsonl")
+        assert ('"' in (Path(name)/"lora.yml").read_text())==(name not in ("plain", "é"))
 
 
 def test_every_example_is_a_sound_config():

@@ -1,5 +1,5 @@
 "One YAML from data to answers, as a user types it: train, SIGTERM, resume, evaluate, merge, talk, answer a file"
-import json, signal, subprocess, time
+import json, signal, subprocess, tempfile, time
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
@@ -73,19 +73,24 @@ def weights(folder): return {f.name: load_file(f) for f in sorted(Path(folder).g
 def rows_of(path): return [json.loads(l) for l in Path(path).read_text().splitlines()]
 
 
-def until(process, there):
-    "Wait for something that a process does; it must not end before"
+def until(process, there, said, limit=300):
+    "Wait for something that a process does; it must not end before, nor wait for ever"
+    end = time.monotonic()+limit
     while not there():
-        assert process.poll() is None, process.communicate()[1][-2000:]
+        assert process.poll() is None, said()[-2000:]
+        if time.monotonic()>end: process.kill(), pytest.fail(f"nothing in {limit} s: {said()[-2000:]}")
         time.sleep(0.005)
 
 
 def killed(home, *args, signum, when):
     "Start a command as a process of its own, and send it a signal when something is there: (exit code, stderr)"
-    p = subprocess.Popen([bin("tuneforge"), *map(str, args)], cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    until(p, when)
-    p.send_signal(signum)
-    return (said := p.communicate(timeout=300)[1], p.returncode)[::-1]
+    with tempfile.TemporaryFile("w+") as f: # a pipe that nobody reads fills up, and the process waits
+        said = lambda: (f.seek(0), f.read())[1]
+        p = subprocess.Popen([bin("tuneforge"), *map(str, args)], cwd=home, stdout=subprocess.DEVNULL, stderr=f)
+        until(p, when, said)
+        p.send_signal(signum)
+        try: return p.wait(300), said()
+        finally: p.kill()
 
 
 @pytest.fixture(scope="module")

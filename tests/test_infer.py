@@ -61,6 +61,51 @@ def test_batches_answer_as_one_by_one_and_as_by_hand(tok, model):
     assert alone==[tok.decode(by_hand(model, p, 9, {tok.eos_token_id}), skip_special_tokens=True) for p in prompts]
 
 
+def test_a_neighbour_with_a_long_prompt_cuts_no_answer(tok):
+    "A model of 64 tokens: a prompt of 60 has room for 4, the others for what was asked; exact match is that of one by one"
+    from datasets import Dataset
+    name = "tiny:llama?num_hidden_layers=1&max_position_embeddings=64"
+    small, q = load_model(ModelOptions(base_model=name), tok).eval(), tok("Bagol").input_ids
+    new = by_hand(small, q, 14, set())
+    k = next(i for i in range(13, 5, -1) if new[i] not in new[:i])
+    small.generation_config.eos_token_id = new[k]
+    row = lambda q, a: dict(input_ids=q+a, labels=[-100]*len(q)+a)
+    ds = Dataset.from_list([row(q, new[:k+1]), row([10]*60, [11]), row([10]*9, [12])])
+    alone, both = (answer_all(small, tok, ds, batch_size=n, progress=False) for n in (1, 3))
+    assert alone.rows==both.rows and both.exact_match>=1/3
+    with pytest.raises(UserError, match="leaves no room"): generate(small, tok, [q, [10]*64])
+
+
+def test_a_model_that_takes_padding_for_text_hears_none(tok):
+    "RWKV reads no mask: after a few steps of training, what it says after a prompt is what it says after that prompt alone"
+    rwkv = load_model(ModelOptions(base_model="tiny:rwkv"), tok)
+    torch.manual_seed(0)
+    steps = torch.optim.AdamW(rwkv.parameters(), lr=1e-2)
+    for r in Village().texts(1)[:16]:
+        ids = tok(r["text"], return_tensors="pt").input_ids[:, :32]
+        rwkv(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        steps.step(), steps.zero_grad()
+    prompts = [tok(f"{w} {n}").input_ids for n in list(Village().people)[:3] for w in ("Where does", "Bagol lives in Dunholm. The home of")]
+    want = [tok.decode(by_hand(rwkv.eval(), p, 4, {tok.eos_token_id}), skip_special_tokens=True) for p in prompts]
+    assert generate(rwkv, tok, prompts, max_new_tokens=4)==want and len(set(map(len, prompts)))>1
+
+
+def test_what_the_model_says_of_itself_does_not_choose_tokens(tok, model):
+    "Greedily is greedily, whatever the base's generation_config says; also piece by piece, where beams cannot be"
+    said = model.generation_config
+    want = tok.decode(by_hand(model, ids := tok("Bagol").input_ids, 8, {tok.eos_token_id}), skip_special_tokens=True)
+    torch.manual_seed(0)
+    drawn = generate(model, tok, [ids], max_new_tokens=8, temperature=1.5)
+    try:
+        model.generation_config = type(said)(eos_token_id=said.eos_token_id, do_sample=True, num_beams=3, num_return_sequences=2, repetition_penalty=5.0, typical_p=0.1, epsilon_cutoff=0.1, eta_cutoff=0.1,
+            top_k=1, top_p=1e-6, min_p=1.0, no_repeat_ngram_size=1, min_new_tokens=4, suppress_tokens=by_hand(model, ids, 1, {}), guidance_scale=3.0)
+        pieces = []
+        assert generate(model, tok, [ids], max_new_tokens=8, streamer=word_streamer(tok, pieces.append))==[want]==["".join(pieces)]
+        torch.manual_seed(0)
+        assert generate(model, tok, [ids], max_new_tokens=8, temperature=1.5)==drawn!=[want]
+    finally: model.generation_config = said
+
+
 def test_drawing(tok, model):
     def draw(**kw):
         torch.manual_seed(0)
@@ -77,6 +122,7 @@ def test_stop_texts_are_cut_and_never_shown(tok, model):
     stop, pieces = whole[10:14], []
     got = generate(model, tok, ["Bagol"], max_new_tokens=20, stop=[stop], streamer=word_streamer(tok, pieces.append, [stop]))[0]
     assert got==whole[:whole.index(stop)]=="".join(pieces)
+    assert generate(model, tok, ["Bagol"], max_new_tokens=20, stop=["l"+whole[0]])[0]==whole # begins in the prompt
     assert cut_at("one two three", ["three", "two"])=="one " and cut_at("one", None)=="one"
 
 
@@ -106,6 +152,24 @@ def script(*lines):
     return read
 
 
+def test_told_nothing_is_nothing(tok, model):
+    "A format's own system message is where a conversation begins; `/system` takes it away, and says so truly"
+    brief = CHAT.model_copy(update=dict(default_system_message="Be brief."))
+    talk = Talk(model, tok, brief)
+    row = dict(messages=[dict(role="user", content="One?"), dict(role="assistant", content="x")])
+    trained = encode_rows([row], brief, tok)[0]["input_ids"]
+    assert "Be brief." in tok.decode(ids := talk.prompt("One?")) and trained[:len(ids)]==ids
+    assert command(talk, "/system")=="the model is told nothing" and talk.prompt("One?")==Talk(model, tok, CHAT).prompt("One?")!=ids
+    assert Talk(model, tok, brief, system="").prompt("One?")==talk.prompt("One?") and talk.row()["messages"]==[]
+
+
+def test_what_is_no_text_is_told_and_the_conversation_goes_on(tok, model):
+    talk, said = Talk(model, tok, CHAT, SamplingOptions(max_new_tokens=2)), []
+    converse(talk, script("a\udcff", "/system \ud800", "One?", "and\\"), said.append)
+    assert "".join(said).count("the text is not UTF-8, or holds half a character: ")==2 and talk.system is None
+    assert [t for r, t in talk.turns if r=="user"]==["One?", "and"] # the last line goes on in one that does not come
+
+
 def test_commands(tok, model, tmp_path):
     talk, said = Talk(model, tok, CHAT, SamplingOptions(max_new_tokens=3)), []
     f = tmp_path/"talk.jsonl"
@@ -116,6 +180,9 @@ def test_commands(tok, model, tmp_path):
     for part in ("`temperature` is 'hot', but should be a number", "taken back: One?\n", "there is no command /nonsense", "/reset", "name a file", "cannot write to /nowhere/x"): assert part in text, part
     assert jsonl_rows(f)==[talk.row()]
     converse(talk, script("/reset", KeyboardInterrupt()), said.append)
+    for line, want in (("/set stop none", "stop is None"), ("/set top_p 0.5", "top_p is 0.5"), ("/set temperature 0", "`top_p` has no effect without `temperature`: /set top_p none first"), ("/set top_p none", "top_p is None"),
+        ("/set temperature 0", "temperature is 0.0"), ("/set min_p 0.1", "`min_p` has no effect without `temperature`: /set temperature 0.7 first"), ("/set max_new_tokens none", "`max_new_tokens` is blank")): assert want in command(talk, line), line
+    assert (talk.sampling.top_p, talk.sampling.min_p, talk.sampling.max_new_tokens)==(None, None, 3)
     assert not talk.turns and "no place for a system message" in command(Talk(model, tok, ALPACA), "/system x")
 
 
@@ -174,6 +241,19 @@ def test_an_answer_that_is_stopped_is_kept(tok, model):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_an_answer_of_two_models_that_is_stopped_ends_no_conversation(tok, model, monkeypatch, capsys):
+    import tuneforge.talk as room
+    from tuneforge.cli import _show_both
+    true, asked = room.generate, []
+    def interrupted(*a, **kw):
+        asked.append(a)
+        if len(asked)==1: signal.raise_signal(signal.SIGINT)
+        return true(*a, **kw)
+    monkeypatch.setattr(room, "generate", interrupted)
+    converse(talk := Talk(model, tok, CHAT, SamplingOptions(max_new_tokens=4)), script("One?", "Two?"), None, _show_both(model))
+    assert len(talk.turns)==4 and len(asked)==4 and len(talk.turns[1][1])<len(Talk(model, tok, CHAT, talk.sampling).say("One?"))
+
+
 @pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(tmp_path):
     pexpect = pytest.importorskip("pexpect")
@@ -213,8 +293,14 @@ def test_the_faces_of_inference(home):
     assert ask("--chat", stdin="Where does Bagol live?\n/system Be brief.\n/quit\n")==pipe+"the model is told: Be brief.\n"
     said = ask("--chat", stdin="/set temperature 0.5\n/set stop END\n/set\n/quit\n") # the keys of sampling alone, not of the whole config
     assert said=="temperature is 0.5\nstop is ['END']\n"+", ".join(f"{k} {v}" for k, v in SamplingOptions(max_new_tokens=6, temperature=0.5, stop=["END"]))+"\n"
+    (home/"q.txt").write_bytes(b"\xef\xbb\xbfWhere does Bagol live?\r\n") # a byte order mark, as some editors write it
+    assert ask("--prompt-file", "q.txt")==pipe
     both = ask("--compare")
     assert "base" in both and "tuned" in both
+    (home/"q.txt").write_bytes(b"\xff")
+    assert "q.txt is not UTF-8" in ask("--prompt-file", "q.txt", code=2) and "not UTF-8, or holds half" in ask(stdin="a \ud800", code=2)
+    other = ("--use", "base", "--default-system-message", "Be brief. "*20)
+    assert ask(*other)==ask(*other, "--chat", stdin="Where does Bagol live?\n/quit\n")!=ask("--use", "base")
     assert ask("--use", "base").strip()
     assert "merge-lora" in ask("--use", "merged", code=2)
     code, out, err = shell("merge-lora", "c.yml", cwd=home)
@@ -223,6 +309,21 @@ def test_the_faces_of_inference(home):
     assert "nothing to answer" in ask(stdin=" \n", code=2)
     assert "no adapter folder: out/nosuch: train first, with `tuneforge train CONFIG.yml`" in ask("--output-dir", "out/nosuch", code=2)
     assert "no adapter folder: nosuch: correct `lora_model_dir`" in ask("--lora-model-dir", "nosuch", code=2)
+
+
+def test_the_context_of_one_question(home, tok, model, capsys):
+    "It stands in the prompt of both models, as in training; a format without a place for it, and a face with many questions, refuse it"
+    from tuneforge.talk import ask_both
+    asked = tok.decode(Talk(model, tok, ALPACA).prompt("Who?", "In Dunholm."))
+    assert "Who?" in asked and "In Dunholm." in asked
+    talk = Talk(model, tok, ALPACA, SamplingOptions(max_new_tokens=6))
+    with_it, without = (ask_both(Talk(model, tok, ALPACA, talk.sampling), "Who?", model, context=c) for c in ("In Dunholm.", ""))
+    assert with_it.base==with_it.tuned==ask(model, tok, ALPACA, "Who?", "In Dunholm.", max_new_tokens=6)!=without.base
+    for entry in (CHAT, DatasetOptions(path="x", type="completion")):
+        with pytest.raises(UserError, match="has no place for a context"): ask(model, tok, entry, "Who?", "In Dunholm.")
+    for args in (["--context", "x"], ["--compare", "--context", "x"]):
+        code, _, err = shell("inference", "c.yml", *args, cwd=home, stdin="Who?")
+        assert code==2 and "`type: chat_template` has no place for a context" in err
 
 
 def rows_of(people): return [dict(prompt=f"Where does {p} live?", id=i) for i, p in enumerate(people)]
@@ -238,6 +339,7 @@ def test_a_file_of_questions_goes_on(home, tmp_path):
     assert set(json.loads((tmp_path/"out.jsonl.settings.json").read_text()))=={"model", "compared", *SamplingOptions.model_fields} # no key that answers do not depend on
     whole = out.read_bytes()
     assert [(r["id"], r["prompt"]) for r in jsonl_rows(out)]==[(r["id"], r["prompt"]) for r in rows]
+    assert (now := json.loads((tmp_path/"out.jsonl.settings.json").read_text())["model"]).startswith("tuned of out (") and " on tiny:llama (" in now
     for cut in (0, 10, whole.index(b"\n"), whole.index(b"\n")+1, len(whole)-1, len(whole)):
         out.write_bytes(whole[:cut])
         code, said, err = shell(*args, cwd=home)
@@ -271,6 +373,24 @@ def test_answers_of_two_models_are_not_mixed(tok, model, tmp_path):
     with pytest.raises(UserError, match="o.jsonl:1: this answer belongs to another row"): answer_file(model, tok, ALPACA, tmp_path/"in.jsonl", tmp_path/"o.jsonl", **kw)
 
 
+def test_answers_of_a_model_that_was_trained_again_are_not_mixed(home, tmp_path):
+    "A folder's name stays, its weights do not; neither does another base of the same adapter, or of `--use base`"
+    import shutil
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(home, tmp_path/"h")
+    write_jsonl(tmp_path/"in.jsonl", rows_of(["Bagol", "Tamsin"]))
+    def go_on(out, *args):
+        if out.is_file(): out.write_text(out.read_text().splitlines()[0]+"\n")
+        code, _, err = shell("inference", "c.yml", "--input", tmp_path/"in.jsonl", "--max-new-tokens", 2, "--output", out, *args, cwd=tmp_path/"h")
+        return err if code else None
+    other = ["--base-model", "tiny:llama?seed=3"]
+    assert go_on(base := tmp_path/"b.jsonl", "--use", "base") is None and "base tiny:llama?seed=3" in go_on(base, "--use", "base", *other)
+    assert go_on(out := tmp_path/"o.jsonl") is None and go_on(out) is None and "made otherwise (model: then tuned of out (" in go_on(out, *other)
+    weights = tmp_path/"h"/"out"/"adapter_model.safetensors"
+    save_file({k: v+0.1 for k, v in load_file(weights).items()}, weights, metadata=dict(format="pt"))
+    assert "made otherwise (model: then tuned of out (" in go_on(out)
+
+
 def test_answers_may_hold_any_separator(tok, model, tmp_path, monkeypatch):
     import tuneforge.talk as room
     monkeypatch.setattr(room, "generate", lambda *a: ["a\u2028b\x85c\x1ed\ne"]) # all of which `str.splitlines` cuts at
@@ -297,11 +417,17 @@ def test_bad_files(tok, model, tmp_path):
     with pytest.raises(UserError, match="input itself"): answer_file(model, tok, ALPACA, f, f)
     with pytest.raises(UserError, match="no folder"): answer_file(model, tok, ALPACA, f, tmp_path/"gone"/"o.jsonl")
     with pytest.raises(UserError, match="no such file"): answer_file(model, tok, ALPACA, tmp_path/"gone.jsonl", out)
-    assert not out.exists()
+    with pytest.raises(UserError, match="is a folder: name a file"): answer_file(model, tok, ALPACA, f, tmp_path)
+    for bad, said in (("a "*3000, "row 2: a prompt of .* leaves no room"), ("a \ud800", "row 2: the text is not UTF-8, or holds half a character")):
+        write_jsonl(f, [dict(prompt="a"), dict(prompt=bad), dict(prompt="c")])
+        with pytest.raises(UserError, match=said): answer_file(model, tok, ALPACA, f, out)
+    assert sorted(p.name for p in tmp_path.rglob("*"))==["in.jsonl"]
 
 
 @pytest.mark.parametrize("args, said", [(["--input", "q.jsonl"], "needs --output"), (["--output", "o.jsonl"], "needs --input"), (["--chat", "--gradio"], "only one of"), (["--prompt-file", "gone.txt"], "no such file"),
-    (["--use", "best"], "there is no model 'best'"), (["--temperature", "-1"], "temperature"), (["--top-p", "0.5"], "has no effect without")])
+    (["--use", "best"], "there is no model 'best'"), (["--temperature", "-1"], "temperature"), (["--top-p", "0.5"], "has no effect without"),
+    (["--chat", "--context", "x"], "--context goes with one question"), (["--gradio", "--context", "x"], "--context goes with one question"), (["--input", "c.yml", "--output", "o", "--context", "x"], "--context goes with one question"),
+    (["--gradio", "--compare"], "--compare does not go with --gradio"), (["--batch-size", "2"], "--batch-size needs --input"), *((["--input", "c.yml", "--output", "o", "--batch-size", n], f"`--batch-size` is {n}, but should be 1 or more") for n in ("0", "-1"))])
 def test_bad_arguments(home, args, said):
     code, _, err = shell("inference", "c.yml", *args, cwd=home)
     assert code==2 and said in err, err

@@ -328,6 +328,76 @@ def test_folders_of_others_are_left_alone(tmp_path):
     assert (tmp_path/"merged"/"thesis.txt").read_text()=="mine"
     (tmp_path/"file").write_text("")
     with pytest.raises(UserError, match="is a file"): merge(cfg, tmp_path/"file")
+    with pytest.raises(UserError, match="would be replaced"): merge(cfg, "/")
+
+
+def test_what_is_merged_is_not_replaced(tmp_path):
+    "A merged model that is the base of the next merge, and what holds it or the adapter"
+    cfg = config(tmp_path/"first", **ALL)
+    random_adapter(cfg)
+    base, _ = merge(cfg)
+    cfg = config(tmp_path/"second", base_model=str(base), **ALL)
+    random_adapter(cfg)
+    was = (base/"model.safetensors").read_bytes()
+    (tmp_path/"merge.json").write_text("{}"), (tmp_path/"second"/"merge.json").write_text("{}") # as if they were merged models
+    for out, what in ((base, "the base"), (tmp_path/"first"/".."/"first"/"merged", "the base"), (tmp_path, "the base"), (tmp_path/"second", "the adapter")):
+        with pytest.raises(UserError, match=f"holds {what} of this merge"): merge(cfg, out)
+    assert (base/"model.safetensors").read_bytes()==was and (tmp_path/"second"/"adapter_config.json").is_file()
+
+
+def test_a_link_and_this_folder_lead_to_the_model(tmp_path, monkeypatch):
+    cfg = config(tmp_path/"out", **ALL)
+    random_adapter(cfg)
+    for d in ("real", "here"): (tmp_path/d).mkdir()
+    (tmp_path/"link").symlink_to("real")
+    for _ in range(2): merge(cfg, tmp_path/"link") # also into what it made
+    monkeypatch.chdir(tmp_path/"here")
+    merge(cfg, ".")
+    assert (tmp_path/"link").is_symlink() and all((tmp_path/d/"merge.json").is_file() and not (tmp_path/d).is_symlink() for d in ("real", "here"))
+    assert sorted(p.name for p in tmp_path.iterdir())==["here", "link", "out", "real"]
+
+
+def test_a_killed_merge_is_put_right(tmp_path):
+    "Killed while it writes, and between moving the older model aside and moving the new one in"
+    from multiprocessing import get_context
+    cfg = config(tmp_path, **ALL)
+    random_adapter(cfg)
+    out, _ = merge(cfg)
+    was = (out/"model.safetensors").read_bytes()
+    import tuneforge.merge as room
+    def killed(moment):
+        def die(*a): os.kill(os.getpid(), 9)
+        if moment=="writing": room._dress = die
+        else: room._replace = lambda part, out: (out.rename(out.with_name(f"{out.name}.{os.getpid()}.old")), die())
+        merge(cfg)
+    for moment, left in (("writing", ["merged", "merged.part"]), ("moving", ["merged.old", "merged.part"])):
+        p = get_context("fork").Process(target=killed, args=(moment,))
+        p.start(), p.join(120)
+        assert p.exitcode==-9 and sorted(re.sub(r"\.\d+", "", f.name) for f in tmp_path.glob("merged*"))==left
+        with pytest.raises(UserError, match="predicts something else"): merge(cfg, max_kl=-1) # comes to nothing, but for that
+        assert [f.name for f in tmp_path.glob("*merged*")]==["merged"] and (out/"model.safetensors").read_bytes()==was
+
+
+def test_a_full_disk_is_a_message(tmp_path, monkeypatch):
+    import tuneforge.merge as room
+    from safetensors import SafetensorError
+    cfg = config(tmp_path, **ALL)
+    random_adapter(cfg)
+    for name, error in (("write_text", OSError(28, "No space left on device")), ("save_file", SafetensorError("No space left on device (os error 28)"))):
+        def full(*a, **kw): raise error
+        with monkeypatch.context() as m:
+            m.setattr(room, name, full)
+            with pytest.raises(UserError, match="has failed: .*No space left on device"): merge(cfg)
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def test_two_merges_do_not_write_to_one_place(tmp_path):
+    from tuneforge.merge import _alone
+    cfg = config(tmp_path, **ALL)
+    random_adapter(cfg)
+    with _alone((tmp_path/"merged").resolve()):
+        with pytest.raises(UserError, match="another merge is writing to"): merge(cfg)
+    merge(cfg)
 
 
 def test_no_room(tmp_path, monkeypatch):
@@ -370,6 +440,7 @@ def grown(work):
         theirs.send(said("VmHWM")-before)
     p = ctx.Process(target=child)
     p.start(), theirs.close()
+    assert ours.poll(300), "the fork says nothing"
     got = ours.recv() # raises EOFError when it fails
     p.join()
     return got

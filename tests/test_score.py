@@ -108,6 +108,20 @@ def test_rows_are_those_of_their_data_set(tmp_path, tok, kw):
         for path, rows in parts.items(): assert all(words[path] in tok.decode(r["input_ids"]) for r in rows), path
 
 
+def test_answers_are_scored_under_any_name_of_a_path(home, cfg, tok, tmp_path, monkeypatch):
+    "Prepared data are found again under another spelling, a folder's name may end like the number of a double, and there is no folder for the scores yet; its name today is said"
+    (tmp_path/"fold (1)").mkdir()
+    write_jsonl(tmp_path/"v.jsonl", VILLAGE.questions(list(VILLAGE.people)[20:22]))
+    shutil.copy(tmp_path/"v.jsonl", tmp_path/"fold (1)"/"x.jsonl")
+    monkeypatch.chdir(tmp_path)
+    kw = dict(val_set_size=0.0, dataset_prepared_path="prepared", lora_model_dir=str(home/"out"), output_dir="not/yet")
+    for names in (["v.jsonl", "fold (1)"], ["./v.jsonl", "fold (1)/x.jsonl"]):
+        rows = evaluate(cfg.replace(test_datasets=[dict(path=p, type="alpaca") for p in names], **kw), max_answers=2).rows
+        assert [(r["dataset"], r["answered"]) for r in rows]==[(p, 2) for p in names]
+    assert (tmp_path/"not"/"yet"/"evaluation.json").is_file()
+    with pytest.raises(UserError, match="cannot write the scores to `output_dir: v.jsonl/x`"): evaluate(cfg.replace(**kw | dict(output_dir="v.jsonl/x", val_set_size=0.3)))
+
+
 def test_rows_that_were_trained_are_refused(cfg, home, tok, tmp_path, caplog):
     for kw in (dict(val_set_size=0.6), dict(seed=7)):
         other = cfg.replace(**kw)
@@ -261,7 +275,9 @@ def test_questions_that_are_written_out(tmp_path):
 
 
 @pytest.mark.parametrize("text, said", [('{"question": "a", "choices": ["x"], "answer": 0}', "row 1: a question needs"), ('{"question": "a", "choices": ["x", "y"], "answer": 2}', "row 1: a question"),
-    ('{"input": "a", "output": "A", "split": "dev"}\n{"input": "a", "output": "Z", "split": "eval"}', "row 2: a question"), ('{"input": "a", "output": "A", "split": "dev"}', "no rows of the split 'eval'"), ("[1", "no JSON")])
+    ('{"input": "a", "output": "A", "split": "dev"}\n{"input": "a", "output": "Z", "split": "eval"}', "row 2: a question"), ('{"input": "a", "output": "A", "split": "dev"}', "no rows of the split 'eval'"), ("[1", "no JSON"),
+    *((json.dumps(dict(question="a", choices=["x", "y"], answer="A") | kw), "row 1: "+said) for kw, said in ((dict(question=None), "a question"), (dict(question=5), "a question"), (dict(choices=5), "a question"), (dict(choices=[["x"], "y"]), "a question"),
+    (dict(answer=True), "a question"), (dict(question=None, input="a"), "a question"), (dict(subject=["x"]), "`subject` is"), (dict(subject="accuracy"), "`subject` is 'accuracy'")))])
 def test_questions_that_are_none(tmp_path, text, said):
     f = tmp_path/"b.jsonl"
     f.write_text(text)

@@ -9,7 +9,7 @@ from tests.tools import run
 import sys
 
 ARCHITECTURES = ["llama", "mistral", "mixtral", "gpt_neox", "gptj", "falcon", "mpt", "phi", "phi3", "rwkv", "qwen2", "qwen3", "qwen2_moe", "gemma", "gemma2", "gemma3_text",
-    "jamba", "gpt2", "bloom", "opt", "stablelm", "starcoder2", "cohere", "olmo2", "mamba"]
+    "jamba", "gpt2", "bloom", "opt", "stablelm", "starcoder2", "cohere", "olmo2", "mamba", "mamba2"]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -43,6 +43,15 @@ def test_names():
     with pytest.raises(UserError, match="names no architecture"): TinyName.parse("tiny:")
     with pytest.raises(UserError, match="knows no architecture 'lama'"): tiny_model("tiny:lama")
     with pytest.raises(UserError, match="has no hiden_size"): tiny_model("tiny:llama?hiden_size=8")
+
+
+@pytest.mark.parametrize("name, said", [("llama?seed=1.2.3", "the seed is '1.2.3', but should be a whole number"), ("llama?seed=abc", "the seed is 'abc'"), ("llama?seed=1.5", "the seed is 1.5"), ("llama?num_hidden_layers=two", "with num_hidden_layers=two: .*expected int"),
+    ("llama?hidden_size=63", "with hidden_size=63: .*not a multiple"), ("llama?hidden_size=-4", "with hidden_size=-4: "), ("llama?num_attention_heads=3", "with num_attention_heads=3: .*not a multiple"), ("llama?tie_word_embeddings=maybe", "expected bool"),
+    ("llama?intermediate_size=-3", "with intermediate_size=-3: .*negative"), ("llama?vocab_size=x", "with vocab_size=x: "), ("mamba2?num_heads=3", "with num_heads=3: Inconsistent"), ("t5", "'t5' is no model that goes on writing")])
+def test_settings_that_cannot_be(tmp_path, monkeypatch, name, said):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=said): tiny_model("tiny:"+name)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 def test_a_failed_model_leaves_nothing(tmp_path, monkeypatch):

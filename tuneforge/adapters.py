@@ -227,7 +227,7 @@ def _refuse_adapted(model):
     if not any(isinstance(m, BaseTunerLayer) for m in model.modules()): return
     where = model.config.name_or_path or "the base model"
     raise UserError(f"`base_model`: {where} already has an adapter. To go on training it, name its own base as `base_model` and the adapter as `lora_model_dir`; "
-        "to train another on top of it, merge it first (`tuneforge merge`) and name the result as `base_model`")
+        "to train another on top of it, merge it first (`tuneforge merge-lora`) and name the result as `base_model`")
 
 def _check_added(model, opts):
     "What can only be told once the adapter is there"

@@ -10,11 +10,13 @@ __all__ = ['weight_files', 'Stored', 'empty_model', 'quantised_weights', 'rounde
            'layers', 'merged_tensors', 'write_shards', 'keep_ties', 'merge']
 
 # %% ../nbs/50_merge.ipynb #9c48f91c
-import json,os,shutil
+import glob,json,os,shutil
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import asdict,dataclass,field
 from pathlib import Path
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -457,14 +459,34 @@ def _whole_merge(cfg, folder, tokenizer, prompts, device, original, out):
     return bare,adapted,logits_of(merged, prompts, merged.device)
 
 # %% ../nbs/50_merge.ipynb #ba96ac40
-def _ready(out, needed):
-    "Whether `out` can be written. Raises `UserError` when it holds something else, or when there is no room."
+def _ready(out, needed, sources):
+    "See to it that `out` can be written. Raises `UserError` when it holds something else, or what the merge reads."
     if out.exists() and not out.is_dir(): raise UserError(f"{out} is a file: name a folder with --out")
+    for what,folder in sources.items():
+        if folder.resolve().is_relative_to(out): raise UserError(f"{out} holds {what} of this merge, and would be replaced: name another folder with --out")
     if out.is_dir() and any(out.iterdir()) and not (out/"merge.json").is_file():
         raise UserError(f"{out} holds something else than a merged model: move it away, or name another folder with --out")
-    try: out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"cannot write to {out.parent}: {e.strerror}") from e
     if (free := shutil.disk_usage(out.parent).free)<needed: raise UserError(f"the merged model needs {needed/2**30:.1f} GiB, but {out.parent} has {free/2**30:.1f} GiB left: free some, or name another folder with --out")
+
+def _put_right(out):
+    "Undo what a killed merge has left beside `out`"
+    for old in sorted(out.parent.glob(f"{glob.escape(out.name)}.*.old"), key=os.path.getmtime, reverse=True):
+        if out.exists(): shutil.rmtree(old)
+        else: old.rename(out)
+    for part in out.parent.glob(f"{glob.escape(out.name)}.*.part"): shutil.rmtree(part)
+
+@contextmanager
+def _alone(out):
+    "Within it, no other merge writes to `out`"
+    lock = FileLock(out.parent/f".{out.name}.lock")
+    try: out.parent.mkdir(parents=True, exist_ok=True); lock.acquire(blocking=False)
+    except Timeout: raise UserError(f"another merge is writing to {out}: wait for it, or name another folder with --out") from None
+    except NotImplementedError: log.warning(f"{out.parent} is on a file system without locks: that no other merge writes there cannot be checked")
+    except OSError as e: raise UserError(f"cannot write to {out.parent}: {e.strerror}") from e
+    try:
+        if lock.is_locked: _put_right(out)
+        yield
+    finally: Path(lock.lock_file).unlink(missing_ok=True); lock.release()
 
 def _way(cfg, folder, tokenizer):
     "How to merge: the one that was asked for, or that the names in the files allow"
@@ -511,21 +533,24 @@ def merge(
     other_base:bool=False, # merge into other weights than those that the adapter was trained beside
 ) -> tuple[Path,Proof]: # (the folder, what the merge kept)
     "Merge the adapter into its base and prove it. Raises `UserError` when there is no adapter, or when predictions change."
-    folder,out = trained_adapter(cfg),Path(out or Path(cfg.output_dir)/"merged")
-    files = set(weight_files(resolve_model(cfg.base_model), cfg.revision_of_model).values())
-    _ready(out, sum(f.stat().st_size for f in files))
-    _check_base(cfg, folder, other_base)
-    tokenizer,device = load_tokenizer(cfg),"cpu" if cfg.lora_on_cpu else best_device(cfg)
-    _check_tokens(folder, tokenizer)
-    asked = probes(folder, len(tokenizer))
-    part = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
-        bare,adapted,merged = _way(cfg, folder, tokenizer)(cfg, folder, tokenizer, list(asked.values()), device, original, part)
-        proof = Proof(list(asked), [drift(a, b) for a,b in zip(bare, adapted)], [drift(a, b) for a,b in zip(adapted, merged)], max_kl)
-        if not proof.holds: raise UserError(f"the merged model predicts something else than the adapter: KL {proof.kl:.2g} nats, over {max_kl:g}; nothing was written\n{proof}")
-        share_weights(part)
-        write_text(part/"merge.json", json.dumps(dict(adapter=str(folder), base_model=cfg.base_model, original=original, proof=asdict(proof)), indent=1))
-        _replace(part, out)
-    finally: shutil.rmtree(part, ignore_errors=True)
-    return out,proof
+    folder,base,named = trained_adapter(cfg),resolve_model(cfg.base_model),Path(out or Path(cfg.output_dir)/"merged")
+    out = named.resolve() # of a link, what it leads to
+    files = set(weight_files(base, cfg.revision_of_model).values())
+    with _alone(out):
+        _ready(out, sum(f.stat().st_size for f in files), {"the base": Path(base), "the adapter": folder})
+        _check_base(cfg, folder, other_base)
+        tokenizer,device = load_tokenizer(cfg),"cpu" if cfg.lora_on_cpu else best_device(cfg)
+        _check_tokens(folder, tokenizer)
+        asked = probes(folder, len(tokenizer))
+        part = out.with_name(f"{out.name}.{os.getpid()}.part")
+        try:
+            part.mkdir()
+            bare,adapted,merged = _way(cfg, folder, tokenizer)(cfg, folder, tokenizer, list(asked.values()), device, original, part)
+            proof = Proof(list(asked), [drift(a, b) for a,b in zip(bare, adapted)], [drift(a, b) for a,b in zip(adapted, merged)], max_kl)
+            if not proof.holds: raise UserError(f"the merged model predicts something else than the adapter: KL {proof.kl:.2g} nats, over {max_kl:g}; nothing was written\n{proof}")
+            share_weights(part)
+            write_text(part/"merge.json", json.dumps(dict(adapter=str(folder), base_model=cfg.base_model, original=original, proof=asdict(proof)), indent=1))
+            _replace(part, out)
+        except (OSError, SafetensorError) as e: raise UserError(f"the merge into {named} has failed: {e}; what was there before is left as it was") from e
+        finally: shutil.rmtree(part, ignore_errors=True)
+    return named,proof

@@ -8,7 +8,7 @@ Docs: https://tuneforge.github.io/tuneforge/quickstart.html.md"""
 __all__ = ['PRETRAIN', 'LORA', 'write_quickstart', 'Quickstart', 'quickstart', 'plot_both']
 
 # %% ../nbs/53_quickstart.ipynb #a6a5efc7
-import json,random,time
+import json,random,re,time
 from dataclasses import dataclass,field
 from pathlib import Path
 from .callbacks import plot_history
@@ -68,6 +68,12 @@ save_strategy: no
 """
 
 # %% ../nbs/53_quickstart.ipynb #c36fba12
+def _in_yaml(
+    text:str, # a path
+) -> str: # quoted where it has to be
+    "A text as a value of a config"
+    return text if re.fullmatch(r"[\w./][\w./-]*", text) else json.dumps(text, ensure_ascii=False).replace("${", "$${")
+
 def write_quickstart(
     folder:Path, # where to
     epochs:float=6, # of the first training
@@ -80,7 +86,9 @@ def write_quickstart(
     files = dict(village=village.texts(20), instructions=village.questions(people[:n]), held_out=village.questions(people[n:], n_forms=1))
     (folder/"data").mkdir(parents=True, exist_ok=True)
     for name,rows in files.items(): (folder/"data"/f"{name}.jsonl").write_text("".join(json.dumps(r)+"\n" for r in rows))
-    for name,text in dict(pretrain=PRETRAIN, lora=LORA).items(): (folder/f"{name}.yml").write_text(text.format(folder=folder, epochs=epochs))
+    for name,text in dict(pretrain=PRETRAIN, lora=LORA).items():
+        paths = lambda m: _in_yaml(f"{folder}{m[1]}")
+        (folder/f"{name}.yml").write_text(re.sub(r"\{folder\}(\S+)", paths, text.replace("{epochs}", str(epochs))), encoding="utf-8")
 
 # %% ../nbs/53_quickstart.ipynb #50504a69
 @dataclass

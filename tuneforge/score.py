@@ -9,7 +9,7 @@ __all__ = ['LETTERS', 'losses', 'by_dataset', 'check_unseen', 'text_scores', 'ch
            'harness', 'Evaluation', 'evaluate']
 
 # %% ../nbs/57_score.ipynb #b08beb4d
-import csv,io,json,math,re
+import csv,io,json,math
 from dataclasses import dataclass,field
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from .config import Config, DataOptions, DatasetOptions, EvalOptions, UserError, log
-from .dataset import prepare_data, sample_lengths, train_entries
+from .dataset import expand_entries, prepare_data, sample_lengths, train_entries
 from .derive import streams
 from .evaluate import Answers, answer_all, hardest
 from .folder import write_text
@@ -57,15 +57,18 @@ def losses(
     return dict(loss=total/n, perplexity=math.exp(min(total/n, 700)), token_accuracy=right/n, rows=len(ds), tokens=n)
 
 # %% ../nbs/57_score.ipynb #d0010036
+def _in_split(source, split): return source.valid if split=="valid" else source.samples-source.valid # samples
+
 def by_dataset(
     data, # `Prepared`
     split:str="valid", # or `train`
+    entries:list[DatasetOptions]|None=None, # of the config, in its order, to be called by their paths; default: as when the data were prepared
 ) -> dict: # path -> datasets.Dataset
     "The rows of each data set"
     ds,res,at = data.valid if split=="valid" else data.train,{},0
-    for s in data.report.sources:
-        n = s.valid if split=="valid" else s.samples-s.valid
-        if n: res[s.path if s.path not in res else f"{s.path} ({len(res)})"] = ds.select(range(at, at+n))
+    for s,e in zip(data.report.sources, entries or data.report.sources, strict=True):
+        n = _in_split(s, split)
+        if n: res[e.path if e.path not in res else f"{e.path} ({len(res)})"] = ds.select(range(at, at+n))
         at += n
     assert at==len(ds), (at, len(ds))
     return res
@@ -130,12 +133,15 @@ def _json_rows(path):
 
 def _choice_row(row, where):
     "A question as `bench` takes it"
-    choices,a = row.get("choices"),row.get("answer", row.get("output"))
-    n = len(choices or LETTERS)
-    a = LETTERS[a] if isinstance(a, int) and 0<=a<min(n, 7) else str(a).strip().rstrip(".").upper()
-    asked = row.get("input") or row.get("question") and isinstance(choices, list) and 2<=n<=len(LETTERS)
+    said = lambda k: isinstance(row.get(k), str) and row[k].strip()
+    choices,a,subject = row.get("choices"),row.get("answer", row.get("output")),row.get("subject", "")
+    listed = isinstance(choices, list) and 2<=len(choices)<=len(LETTERS) and all(isinstance(c, (str,int,float)) for c in choices)
+    n = len(choices) if listed else len(LETTERS)
+    a = LETTERS[a] if type(a) is int and 0<=a<n else str(a).strip().rstrip(".").upper() # true is no number
+    asked = said("question") and listed or said("input") and not choices
     if not asked or len(a)!=1 or a not in LETTERS[:n]: raise UserError(f"{where}: a question needs `question`, `choices` (2 to 7) and `answer` (a letter, or a number from 0)")
-    return dict(text=choice_prompt(row), answer=a, n=n, subject=row.get("subject", ""))
+    if not isinstance(subject, str) or subject=="accuracy": raise UserError(f"{where}: `subject` is {subject!r}, but should be a text, and not `accuracy`, as the score over all rows is called")
+    return dict(text=choice_prompt(row), answer=a, n=n, subject=subject)
 
 def read_bench(
     opts:EvalOptions, # `bench_dataset`, `bench_split`
@@ -270,9 +276,18 @@ def _scores(cfg, model, tokenizer, ds, max_answers, answer):
 
 def _metrics(cfg): return [cfg.eval_causal_lm_metrics] if cfg.eval_causal_lm_metrics else []
 
-def _has_answers(cfg, path): # plain text has no questions
-    kinds = [e.type for e in [*train_entries(cfg), *(cfg.test_datasets or [])] if e.path==re.sub(r" \(\d+\)$", "", path)]
-    return not all(k in ("completion","pretrain") for k in kinds)
+def _data_sets(cfg, data, split):
+    "(entry, path, rows) of each; of a stream, only the rows to evaluate on are in the report"
+    entries = [*(train_entries(cfg) if not streams(cfg) else []), *expand_entries(cfg.test_datasets or [])]
+    there = [e for s,e in zip(data.report.sources, entries, strict=True) if _in_split(s, split)]
+    return [(e, *o) for e,o in zip(there, by_dataset(data, split, entries).items(), strict=True)]
+
+def _has_answers(entry): return entry.type not in ("completion","pretrain") # plain text has no questions
+
+def _made_folder(path): # it may not be that of the training
+    try: Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f"cannot write the scores to `output_dir: {path}`: {e.strerror}") from e
+    return Path(path)
 
 def _summary(rows):
     "`metric,training,validation`, over all data sets, as Axolotl writes it"
@@ -290,9 +305,9 @@ def _of_model(cfg, name, model, tokenizer, data, max_answers, train_rows, more):
     rows = []
     for split in ("train","valid"):
         if split=="valid" and (data is None or data.valid is None) or split=="train" and not train_rows: continue
-        for path,ds in by_dataset(data, split).items():
+        for e,path,ds in _data_sets(cfg, data, split):
             ds = ds if split=="valid" else ds.select(np.linspace(0, len(ds)-1, min(train_rows, len(ds))).astype(int))
-            rows.append(dict(model=name, split=split, dataset=path) | _scores(cfg, model, tokenizer, ds, max_answers if split=="valid" else 0, _has_answers(cfg, path)))
+            rows.append(dict(model=name, split=split, dataset=path) | _scores(cfg, model, tokenizer, ds, max_answers if split=="valid" else 0, _has_answers(e)))
     if cfg.do_bench_eval: rows.append(dict(model=name, split="bench", dataset=cfg.bench_dataset) | bench(model, tokenizer, read_bench(cfg)))
     if more: rows += [dict(model=name, split="harness", dataset=k, score=v) for k,v in harness(model, tokenizer, **more).items()]
     return rows
@@ -311,7 +326,7 @@ def evaluate(
     if cfg.do_bench_eval: read_bench(cfg) # what is missing is said before anything is computed
     more = dict(tasks=tasks["tasks"], manager=find_tasks(tasks["tasks"], tasks.get("folder")), limit=tasks.get("limit")) if tasks else None
     if cfg.do_causal_lm_eval: text_scores(Answers([("","a","a")]), *_metrics(cfg))
-    model,tokenizer = load_finetuned(cfg)
+    (model,tokenizer),out = load_finetuned(cfg),_made_folder(cfg.output_dir)
     data = evaluation_data(cfg, tokenizer)
     if data is not None and data.valid is not None: check_unseen(cfg, data, tokenizer)
     rows = _of_model(cfg, "tuned", model, tokenizer, data, max_answers, train_rows, more)
@@ -321,7 +336,7 @@ def evaluate(
     if compare:
         del model
         rows = [r for pair in zip(_of_model(cfg, "base", load_finetuned(cfg, "base")[0], tokenizer, data, max_answers, train_rows, more), rows) for r in pair]
-    write_text(Path(cfg.output_dir)/"evaluation.json", json.dumps(rows, indent=1))
-    write_text(Path(cfg.output_dir)/"eval_summary.csv", _summary(rows))
-    if hard: write_text(Path(cfg.output_dir)/"hardest.json", json.dumps([h.plain() for h in hard], ensure_ascii=False, indent=1))
+    write_text(out/"evaluation.json", json.dumps(rows, indent=1))
+    write_text(out/"eval_summary.csv", _summary(rows))
+    if hard: write_text(out/"hardest.json", json.dumps([h.plain() for h in hard], ensure_ascii=False, indent=1))
     return Evaluation(rows, cfg.output_dir, hard)

@@ -10,6 +10,7 @@ __all__ = ['SMALL', 'ATTRIBUTES', 'CHATML', 'PREAMBLE', 'SPECIAL', 'MADE', 'Tiny
 
 # %% ../nbs/07_tiny.ipynb #c68bced7
 import hashlib,json,os,re,shutil
+from contextlib import contextmanager
 from dataclasses import dataclass,field
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -30,15 +31,26 @@ class TinyName:
     ): # -> TinyName
         "Read a name; raises `UserError` where it isn't one"
         arch,_,query = name.removeprefix("tiny:").partition("?")
-        settings = {k: json.loads(v) if re.fullmatch(r"[-\d.]+|true|false", v) else v for k,v in parse_qsl(query)}
+        settings = {k: json.loads(v) if re.fullmatch(r"-?\d+(\.\d+)?|true|false", v) else v for k,v in parse_qsl(query)}
         if not arch: raise UserError(f"{name!r} names no architecture: write `tiny:llama`, for example")
-        return cls(arch, settings.pop("seed", 0), settings)
+        if type(seed := settings.pop("seed", 0)) is not int: raise UserError(f"{name!r}: the seed is {seed!r}, but should be a whole number")
+        return cls(arch, seed, settings)
 
 # %% ../nbs/07_tiny.ipynb #7d1decb9
 SMALL = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     head_dim=16, max_position_embeddings=2048, num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
     d_model=64, n_layers=2, n_heads=4, d_inner=192, n_inner=192, ffn_dim=192, word_embed_proj_dim=64, rotary_dim=8,
     attention_hidden_size=64, state_size=8, shared_expert_intermediate_size=64, mamba_d_state=8, tie_word_embeddings=True)
+
+@contextmanager
+def _possible(name):
+    "Say in a line what transformers and torch find wrong with settings"
+    from huggingface_hub.errors import StrictDataclassError
+    try: yield
+    except UserError: raise
+    except (StrictDataclassError, ValueError, TypeError, ArithmeticError, RuntimeError) as e:
+        said = "".join(f" with {k}={v}" if i==0 else f", {k}={v}" for i,(k,v) in enumerate(name.settings.items()))
+        raise UserError(f"there is no `tiny:{name.arch}`{said}: {re.sub(r'^[A-Za-z]+Error: ', '', str(e).strip().splitlines()[-1].strip())}") from e
 
 def tiny_config(
     name:TinyName, # architecture and settings
@@ -54,9 +66,12 @@ def tiny_config(
     unknown = [k for k in name.settings if not has(k)]
     if unknown: raise UserError(f"a {name.arch} config has no {', '.join(unknown)}")
     small = {k: v for k,v in SMALL.items() if has(k)}
-    width = (small | name.settings).get("hidden_size", 64)
-    if has("initializer_range"): small["initializer_range"] = round(width**-0.5, 3) # the usual 0.02 is meant for widths of thousands
-    return AutoConfig.for_model(name.arch, **(small | name.settings), vocab_size=vocab_size, **token_ids)
+    given = small | name.settings
+    with _possible(name):
+        width = given.get("hidden_size", 64)
+        if has("initializer_range"): small["initializer_range"] = round(width**-0.5, 3) # the usual 0.02 is meant for widths of thousands
+        if has("expand") and has("num_heads"): small["num_heads"] = width*given.get("expand", known.expand)//given["head_dim"] # these four go together
+        return AutoConfig.for_model(name.arch, **(small | name.settings), vocab_size=vocab_size, **token_ids)
 
 # %% ../nbs/07_tiny.ipynb #c7066496
 ATTRIBUTES = {
@@ -134,11 +149,13 @@ def _make(name:TinyName, folder:Path):
     "Write the checkpoint of `name` to `folder`"
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     settings = dict(name.settings)
-    tok = tiny_tokenizer([r["text"] for r in Village().texts(8)] + [PREAMBLE]*20, settings.pop("vocab_size", 768))
+    with _possible(name): tok = tiny_tokenizer([r["text"] for r in Village().texts(8)] + [PREAMBLE]*20, settings.pop("vocab_size", 768))
     config = tiny_config(TinyName(name.arch, name.seed, settings), len(tok), bos_token_id=tok.bos_token_id,
         eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
-    with torch.random.fork_rng(devices=[]):
+    if name.arch not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES: raise UserError(f"{name.arch!r} is no model that goes on writing a text: `tiny:` takes those, such as llama, qwen3, gemma2, mixtral")
+    with torch.random.fork_rng(devices=[]), _possible(name):
         torch.manual_seed(name.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         embedding = model.get_input_embeddings().weight
