@@ -122,6 +122,14 @@ def test_a_checkpoint_of_a_signal_is_full(data, tmp_path):
     assert train(config(data, tmp_path/"a", resume="auto", **kw)).metrics["steps"]==4
 
 
+@pytest.mark.parametrize("kw, last", [(dict(max_steps=2, save_only_model=True, save_strategy="steps", save_steps=1), 2), (dict(max_steps=9, learning_rate=1e-9, early_stopping_patience=1), 2)], ids=["the last", "the one that stops early"])
+def test_a_signal_in_the_last_evaluation(data, tmp_path, caplog, kw, last):
+    "All steps are done, so there is nothing to go on with: the run comes to its end, and nothing says that a checkpoint was saved"
+    r = train(config(data, tmp_path, eval_steps=1, **kw), [StopAt(last, "evaluate")])
+    assert r.metrics["steps"]==last and (tmp_path/"model.safetensors").is_file() and (tmp_path/"run.json").is_file()
+    assert "SIGTERM came when the last step was done" in caplog.text and "saved checkpoint" not in caplog.text
+
+
 # Where to begin
 
 def test_nothing_before_the_position_is_looked_at(data):

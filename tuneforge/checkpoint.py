@@ -11,7 +11,7 @@ __all__ = ['MANIFEST', 'SAVING', 'MAY_CHANGE', 'MEANS', 'SHAPE', 'digest', 'seal
            'ResumableTrainer', 'make_way', 'run_to_end', 'mean_of_log']
 
 # %% ../nbs/32_checkpoint.ipynb #dbc41ce3
-import hashlib,json,math,os,platform,re,shutil,time
+import hashlib,json,math,os,platform,re,shutil,signal,time
 from dataclasses import dataclass,field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -436,10 +436,11 @@ def run_to_end(
         trainer.state = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json"))
     else:
         with trainer.stop: trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.stop.signum:
+    if trainer.stop.stops:
         stopped = Stopped(trainer.stop.signum, f"checkpoint-{trainer.state.global_step} of {trainer.args.output_dir}")
         if trainer.args.should_save: log.warning(str(stopped)) # a SystemExit says nothing itself
         raise stopped
+    if trainer.stop.signum: log.warning(f"{signal.Signals(trainer.stop.signum).name} came when the last step was done: what the run made is written, and that is its end")
     return TrainOutput(trainer.state.global_step, mean_of_log(trainer.state.log_history), dict(train_runtime=trainer.seconds))
 
 def mean_of_log(
