@@ -49,12 +49,15 @@ def sparkline(
 
 # %% ../nbs/31_callbacks.ipynb #f0000004
 class LiveProgress(TrainerCallback):
-    "Step, loss, learning rate, speed, memory and time left, live"
+    "Step, loss, learning rate, speed, memory and time left, live; a context, so that a run that fails leaves no bar, which holds the terminal"
     def __init__(self,
         meter:Meter, # speed and memory
         title:str="Training", # before the bar
     ):
         self.meter,self.title,self.said,self.losses,self.curve,self.show = meter,title,{},[],[],None
+    def __enter__(self): return self
+    def __exit__(self, *_):
+        if self.show: self.show.stop()
     def on_train_begin(self, args, state, control, **kwargs):
         self.meter.start = None
         self.losses = [h["loss"] for h in state.log_history if "loss" in h][-200:]

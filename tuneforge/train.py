@@ -11,6 +11,7 @@ __all__ = ['total_steps', 'plan_run', 'training_arguments', 'stop_token_ids', 'f
 
 # %% ../nbs/34_train.ipynb #4302daee
 import json,math,os
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
@@ -258,9 +259,9 @@ def set_up(
     trainable = Trainable(model, hooks)
     if not quiet: show_trainable(trainable)
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *train_entries(cfg)) for t in o.eot_tokens or []])
-    trackers,watch = make_trackers(cfg),StallWatch(cfg.output_dir, cfg.stall_seconds)
-    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, *make_samples(cfg, data.valid, tokenizer, trackers), watch, *callbacks], isolation, kernels)
-    return trainer,data,(watch,tracked(trackers))
+    trackers = make_trackers(cfg)
+    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, *make_samples(cfg, data.valid, tokenizer, trackers), StallWatch(cfg.output_dir, cfg.stall_seconds), *callbacks], isolation, kernels)
+    return trainer,data,[*(c for c in trainer.callback_handler.callbacks if isinstance(c, (LiveProgress, StallWatch, Profiled))), tracked(trackers)]
 
 # %% ../nbs/34_train.ipynb #a0000905
 def train_once(
@@ -269,10 +270,11 @@ def train_once(
     allow_drift:bool=False, # go on from a checkpoint though config or data have changed
 ) -> Run: # what came of it
     "All steps of a run, in a folder that is held. Raises `FewerRows` where `auto_find_batch_size` found that too many are asked for."
-    trainer,data,(watch,tracking) = set_up(cfg, callbacks, allow_drift)
+    trainer,data,contexts = set_up(cfg, callbacks, allow_drift)
     hub = HubPush(cfg, lambda state: describe(cfg, trainer, data, figures(trainer)).manifest()) if cfg.hub_model_id and trainer.args.should_save else None
     if hub: trainer.add_callback(hub)
-    with watch,tracking:
+    with ExitStack() as until_the_end:
+        for c in contexts: until_the_end.enter_context(c)
         result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
         if cfg.load_best_model_at_end: trainer.load_best()
         run = save_run(cfg, trainer, data, result)
