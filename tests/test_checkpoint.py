@@ -141,7 +141,7 @@ def two(made, tmp_path):
     return tmp_path/"out"
 
 
-FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rank_0.json", "trainer_state.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", MANIFEST, f"{MANIFEST}.sha256"]
+FILES = ["model.safetensors", "optimizer.pt", "optimizer_names.json", "scheduler.pt", "rng_state.pth", "rank_0.json", "trainer_state.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", MANIFEST, f"{MANIFEST}.sha256"]
 OPTS = lambda out: TrainOptions(output_dir=str(out), resume="auto")
 
 
