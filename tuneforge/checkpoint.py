@@ -337,9 +337,11 @@ class _Resumable(Trainer):
         self.store_flos() # talks to the other ranks; what follows must not, since it may fail on one
         part = Path(self.args.output_dir)/SAVING/f"checkpoint-{self.state.global_step}"
         def begin(): shutil.rmtree(part.parent, ignore_errors=True); part.mkdir(parents=True)
-        def end(): seal(part, self.facts_now()); publish(part); prune(part.parent.parent, self.keep, self.state.best_global_step); part.parent.rmdir()
+        def end(): seal(part, self.facts_now()); publish(part)
+        def tidy(): prune(part.parent.parent, self.keep, self.state.best_global_step); part.parent.rmdir()
         for on_all,f in ((False, begin), (True, lambda: self._write(part)), (False, end)):
             if wrong := _everywhere(_problem(f) if on_all or self.args.should_save else None): raise UserError(self._unsaved(part, wrong))
+        if wrong := self.args.should_save and _problem(tidy): log.warning(f"{part.name} is whole; of what is over, not all could be deleted ({wrong})")
 
     def _write(self, part):
         "The files of a checkpoint"
