@@ -178,6 +178,8 @@ def test_early_stopping_remembers(data, tmp_path):
     assert steps<9
     with pytest.raises(Stopped): train(config(data, tmp_path/"b", **kw), [StopAt(steps-2)])
     assert train(config(data, tmp_path/"b", resume="auto", **kw)).metrics["steps"]==steps
+    again = train(config(data, tmp_path/"b", resume="auto", **kw)) # what it has ended stays ended
+    assert again.metrics["steps"]==steps and max(h["step"] for h in again.history)==steps
 
 
 # What may have changed
@@ -322,8 +324,9 @@ def test_ranks_agree_when_to_stop(data, tmp_path):
     "A signal to one of two ranks, in accumulation, stops both after the same step; with dropout the run goes on exactly"
     (tmp_path/"c.yml").write_text(json.dumps(settings(data, tmp_path/"out", max_steps=5, save_strategy="steps", save_steps=50, resume="auto", use_tensorboard=True, eval_table_size=2, eval_max_new_tokens=3)))
     phase = lambda name, **kw: dict(config=str(tmp_path/"c.yml"), ranks=2, overrides=["--output-dir", str(tmp_path/name)]) | kw
-    whole, stop, on = forks([phase("whole"), phase("out", stop=[1, 2, "substep", signal.SIGTERM]), phase("out")], tmp_path)
-    assert whole["codes"]==on["codes"]==[0, 0], on["said"]
+    over = phase("over") | dict(overrides=["--output-dir", str(tmp_path/"over"), "--load-best-model-at-end"])
+    whole, stop, on, over, again = forks([phase("whole"), phase("out", stop=[1, 2, "substep", signal.SIGTERM]), phase("out"), over, over], tmp_path)
+    assert whole["codes"]==on["codes"]==over["codes"]==again["codes"]==[0, 0], on["said"]
     assert stop["codes"]==[143, 143] and list(stop["checkpoints"])==["checkpoint-3"]
     for f in ("model.safetensors", "checkpoint-5/optimizer.pt", "checkpoint-5/rng_state_0.pth", "checkpoint-5/rng_state_1.pth"):
         load = (lambda p: load_file(p)) if f.endswith("safetensors") else (lambda p: torch.load(p, weights_only=False))
@@ -333,3 +336,4 @@ def test_ranks_agree_when_to_stop(data, tmp_path):
     assert [len(list((tmp_path/n/"tensorboard").iterdir())) for n in ("whole", "out")]==[1, 2] # the first rank alone tells the tracker, once for each start
     said = {n: [json.loads(l) for l in (tmp_path/n/"samples.jsonl").read_text().splitlines()] for n in ("whole", "out")}
     assert said["whole"]==said["out"] and [r["step"] for r in said["whole"]]==[0, 0, 3, 3, 5, 5]
+    assert [json.loads(l)["step"] for l in (tmp_path/"over"/"samples.jsonl").read_text().splitlines()][6:]==[5, 5] # of what a finished run is taken for, by the first rank alone

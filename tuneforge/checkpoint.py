@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerState, set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerState, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 from . import __version__
@@ -438,6 +438,22 @@ class ResumableTrainer(_Restored):
         if newer := [f"{p} {v} → {versions().get(p)}" for p,v in then["versions"].items() if versions().get(p)!=v]: log.warning(f"other versions than in {checkpoint}: {', '.join(newer)}")
         if wrong: log.warning(has_changed(checkpoint, wrong))
 
+    def is_over(self,
+        checkpoint:str, # folder
+    ) -> bool: # whether there is nothing left to train
+        "Whether a run had come to its end: all steps are done, or early stopping has ended it"
+        kept = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json")).stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+        patience = min((c.early_stopping_patience for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)), default=math.inf)
+        return self.start>=self.facts["steps"] or kept.get("early_stopping_patience_counter", 0)>=patience
+    def take(self,
+        checkpoint:str, # folder
+    ):
+        "Have the weights and the log of a run that is over, and evaluate with the precision of its training"
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json"))
+        self.state.is_world_process_zero,self.state.is_local_process_zero = self.is_world_process_zero(),self.is_local_process_zero()
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)
+
 # %% ../nbs/32_checkpoint.ipynb #9ef27a58
 def make_way(
     output_dir:Path, # of the run
@@ -460,9 +476,7 @@ def run_to_end(
     on_first_rank(lambda: make_way(Path(trainer.args.output_dir), checkpoint))
     if checkpoint: log.info(f"goes on from {checkpoint}, after step {trainer.start} of {trainer.facts['steps']}")
     trainer.began = time.perf_counter()
-    if trainer.start>=trainer.facts["steps"]: # it had come to its end
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json"))
+    if checkpoint and trainer.is_over(checkpoint): trainer.take(checkpoint)
     else:
         with trainer.stop: trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stop.stops:

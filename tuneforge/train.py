@@ -332,7 +332,7 @@ def save_run(
 ) -> Run: # as written to `run.json`
     "Write model or adapter, tokenizer, golden prompts, plot, manifest and card to `output_dir`"
     trainer.save_model()
-    trainer.model.generation_config.save_pretrained(cfg.output_dir)
+    if trainer.args.should_save: trainer.model.generation_config.save_pretrained(cfg.output_dir)
     done,course = trainer.state.global_step,trainer.course
     metrics = dict(loss=result.training_loss, steps=done, tokens=course.tokens_until(done), seconds=result.metrics["train_runtime"],
         packing_efficiency=course.efficiency)
