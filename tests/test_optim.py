@@ -1,5 +1,5 @@
 "Schedules against formulas, torch and transformers; groups by counting; every optimizer against transformers' own making, on a tiny model, and through a checkpoint"
-import copy, io, math, sys
+import copy, gc, io, math, sys, weakref
 from functools import partial
 from importlib.util import find_spec
 import pytest, torch
@@ -385,6 +385,16 @@ def test_embeddings_keep_whole_states(name, model):
     step(m, optimizer, o, 0)
     assert optimizer.state[m.get_input_embeddings().weight]["state1"].dtype==torch.float32
     assert any(s["state1"].dtype==torch.uint8 for s in optimizer.state.values())
+    plain = torch.nn.Linear(128, 128, bias=False) # of the next run of this process, in the same place of its optimizer
+    plain.get_input_embeddings = plain.get_output_embeddings = lambda: None
+    other = make_optimizer(plain, o, 8)
+    plain(torch.ones(1, 128)).sum().backward()
+    other.step()
+    assert other.state[plain.weight]["state1"].dtype==torch.uint8
+    alive = weakref.ref(m)
+    del m, optimizer
+    gc.collect()
+    assert alive() is None
 
 
 def test_schedule_free_warms_up_by_itself(model):

@@ -247,10 +247,12 @@ def _build(model, opts, total):
     return cls(groups, **kw) if kind=="plain" else _low_rank_optimizer(groups, model, cls, kw, group, opts)
 
 # %% ../nbs/30_optim.ipynb #7db4f0c0
-def _whole_embeddings(model):
+def _whole_embeddings(optimizer, model):
     from bitsandbytes.optim import GlobalOptimManager
+    optimizer.mng = own = GlobalOptimManager.__new__(GlobalOptimManager)
+    own.initialize()
     for m in model.modules():
-        if isinstance(m, torch.nn.Embedding): GlobalOptimManager.get_instance().register_module_override(m, "weight", dict(optim_bits=32))
+        if isinstance(m, torch.nn.Embedding): own.register_module_override(m, "weight", dict(optim_bits=32))
 
 def make_optimizer(
     model, # what is trained has `requires_grad`
@@ -261,7 +263,7 @@ def make_optimizer(
     try: optimizer = _build(model, opts, total)
     except UserError: raise
     except (TypeError, ValueError, RuntimeError, AssertionError) as e: raise UserError(f"`optimizer: {opts.optimizer}` cannot be made: {e}") from e
-    if OPTIMIZERS[opts.optimizer].fixed.get("optim_bits")==8: _whole_embeddings(model)
+    if OPTIMIZERS[opts.optimizer].fixed.get("optim_bits")==8: _whole_embeddings(optimizer, model)
     return optimizer
 
 # %% ../nbs/30_optim.ipynb #34fed59d

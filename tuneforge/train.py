@@ -37,7 +37,7 @@ from .models import check_length, load_model, model_config, untrained_tokens
 from .optim import optimizer_name
 from .packing import Collator, PackPlan, RunPlan, count_steps, plan_evaluation, plan_training, sample_lengths
 from .pose import PoseCollator, check_pose
-from .precision import best_device, choose_precision
+from .precision import best_device, choose_precision, claim_gpu, usual_tf32
 from .record import as_written, fingerprints, git_state, hardware, origins, without_secrets
 from .samples import Samples, sample_options, sample_questions
 from .share import HubPush, check_hub
@@ -47,7 +47,7 @@ from .speed import Meter, flops_per_token, peak_flops
 from .spikes import SpikeWatch
 from .stream import Stream, load_data, report_of
 from .tokens import IGNORE, load_tokenizer
-from .trackers import check_trackers, make_trackers, tracked
+from .trackers import brief, check_trackers, make_trackers, tracked
 from .trainable import Trainable, show_trainable
 from .trainer import ForgeTrainer, causal_loss
 from transformers import PrinterCallback, TrainingArguments, set_seed
@@ -239,6 +239,7 @@ def set_up(
     quiet:bool=False, # don't show what is trained
 ) -> tuple: # (`ForgeTrainer`, `Prepared`, contexts of the run)
     "Everything that a run needs, ready to begin. Raises `UserError` if it cannot work."
+    claim_gpu(cfg)
     optimizer_name(cfg) # better refused now than after the data are prepared
     check_trackers(cfg)
     config = model_config(cfg)
@@ -287,7 +288,7 @@ def train(
     allow_drift:bool=False, # go on from a checkpoint though config or data have changed
 ) -> Run: # what came of it
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
-    with held(cfg.output_dir):
+    with held(cfg.output_dir),usual_tf32(),brief(cfg):
         check_hub(cfg)
         if not allow_drift: check_config(cfg)
         return until_it_fits(as_before(cfg), lambda c: train_once(c, callbacks, allow_drift))
