@@ -24,7 +24,7 @@ def config(data, out, **kw):
     return load_config(base | kw)
 
 
-KINDS = dict(full=dict(learning_rate=1e-2), lora=dict(adapter="lora", lora_r=4, lora_target_linear=True), schedule_free=dict(optimizer="schedule_free_adamw", learning_rate=2e-2))
+KINDS = dict(full=dict(learning_rate=1e-2), lora=dict(adapter="lora", lora_r=4, lora_target_linear=True, bf16=True), schedule_free=dict(optimizer="schedule_free_adamw", learning_rate=2e-2))
 
 
 def evaluations(r): return {h["step"]: h["eval_loss"] for h in r.history[:-1] if "eval_loss" in h} # the last line is of what the run ends with

@@ -141,7 +141,7 @@ def two(made, tmp_path):
     return tmp_path/"out"
 
 
-FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rank_0.json", "trainer_state.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", MANIFEST, f"{MANIFEST}.sha256"]
+FILES = ["model.safetensors", "optimizer.pt", "optimizer_names.json", "scheduler.pt", "rng_state.pth", "rank_0.json", "trainer_state.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", MANIFEST, f"{MANIFEST}.sha256"]
 OPTS = lambda out: TrainOptions(output_dir=str(out), resume="auto")
 
 
@@ -267,6 +267,19 @@ def test_the_best_is_kept_and_a_foreign_folder_gives_way(made, tmp_path):
     best = evals.index(min(evals))+1
     assert [p.name for p in checkpoints(out)]==sorted({f"checkpoint-{best}", "checkpoint-4"}) and best<4
     assert (out/"earlier-1"/"checkpoint-2"/"mine.txt").read_text()=="mine"
+
+
+def test_an_old_one_that_stays_costs_no_run(made, tmp_path, monkeypatch, caplog):
+    "On a shared disk, a folder whose file somebody reads cannot be deleted at once"
+    remove, refused = shutil.rmtree, []
+    def busy(path, *args, **kw):
+        if not str(path).endswith(".old") or refused: return remove(path, *args, **kw)
+        refused.append(Path(path).name)
+        raise OSError(39, "Directory not empty")
+    monkeypatch.setattr("tuneforge.checkpoint.shutil.rmtree", busy)
+    train(load_config(made[0], ["--output-dir", str(tmp_path), "--save-total-limit", "1", "--max-steps", "3"]))
+    assert refused==["checkpoint-1.old"] and "checkpoint-2 is whole; of what is over, not all could be deleted (OSError: [Errno 39] Directory not empty)" in caplog.text
+    assert [(p.name, damage(p)) for p in checkpoints(tmp_path)]==[("checkpoint-3", [])] and not (tmp_path/SAVING).exists() # tried again with the next save
 
 
 def test_a_new_run_moves_the_old_ones_checkpoints(two, made):

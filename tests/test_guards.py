@@ -1,6 +1,7 @@
 "What is no number never reaches the weights"
-import json, math
+import io, json, math, sys, threading
 import pytest, torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from tuneforge.all import *
@@ -82,6 +83,23 @@ def test_a_profile_changes_nothing(data, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
     found = [e["name"] for e in json.loads((tmp_path/"a"/"profile.json").read_text())["traceEvents"] if e["name"].startswith("Optimizer.step")]
     assert len(found)==2
+
+
+class Fail(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step==2: raise UserError("here it ends")
+
+
+def test_a_run_that_fails_leaves_nothing_on(data, tmp_path, monkeypatch):
+    "In a terminal, and while a profile is recorded: the bar gives the terminal back, the threads are gone, and what was recorded is written"
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr("tuneforge.callbacks.screen", screen)
+    out, threads = sys.stdout, set(threading.enumerate())
+    with pytest.raises(UserError, match="here it ends"): train(config(data, tmp_path, profiler_steps=3), [Fail()])
+    said = screen.file.getvalue()
+    assert sys.stdout is out and said.rfind("\x1b[?25h")>said.rfind("\x1b[?25l")>=0 # the cursor is shown again
+    assert set(threading.enumerate())<=threads and not torch.autograd._profiler_enabled()
+    assert sum(e["name"].startswith("Optimizer.step") for e in json.loads((tmp_path/"profile.json").read_text())["traceEvents"])==2
 
 
 @pytest.mark.parametrize("kw", [dict(optimizer="lomo"), dict(optimizer="galore_adamw_layerwise", optim_target_modules=["attn", "mlp"])], ids=["lomo", "galore"])

@@ -1,6 +1,7 @@
 "Losses without logits, recomputed and offloaded activations, compiled models: the same numbers as without"
 import pytest, torch
 from hypothesis import given, settings, strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from tuneforge.all import *
@@ -99,12 +100,42 @@ def test_a_quantised_output_layer(bits):
     assert torch.allclose(grads["pieces"], grads["whole"], rtol=1e-4, atol=1e-3*grads["whole"].abs().max().item()*(0.1 if bits==4 else 1))
 
 
-def test_no_trained_token():
+@pytest.mark.parametrize("n", [None, torch.tensor(0)], ids=["a batch", "a whole step"])
+@pytest.mark.parametrize("made", [lambda model: HeadLoss(model, pieces=3), lambda model: causal_loss], ids=["pieces", "logits"])
+def test_no_trained_token(n, made):
     model = tiny("llama")
-    ids = torch.arange(8)[None]
-    with HeadLoss(model, pieces=3) as loss: out = loss(model(input_ids=ids), torch.full_like(ids, IGNORE))
+    ids, loss = torch.arange(8)[None], made(model)
+    with within(loss): out = loss(model(input_ids=ids), torch.full_like(ids, IGNORE), n)
     out.backward()
     assert out==0 and all((p.grad==0).all() for p in model.parameters())
+
+
+def test_steps_without_a_trained_token(tmp_path):
+    "Rows that are kept for the user's own reasons: steps of them alone have the loss 0 and are taken"
+    say = lambda i: dict(messages=[dict(role="user", content=f"hello {i}"), dict(role="assistant", content=f"bye {i}", train=i==0)])
+    rows = write_jsonl(tmp_path/"chat.jsonl", map(say, range(4)))
+    r = train(plain(rows, tmp_path/"out", datasets=[dict(path=str(rows), type="chat_template", message_field_training="train")], on_untrained_row="keep", micro_batch_size=1, num_epochs=1))
+    told = [h["loss"] for h in r.history if "loss" in h]
+    assert len(told)==4 and sorted(told)[:3]==[0, 0, 0] and max(told)>1 and not any("skipped_steps" in h for h in r.history)
+
+
+def test_the_output_layer_may_be_on_another_gpu(monkeypatch):
+    "As `device_map: auto` places it: only devices are computed, on machines without any"
+    monkeypatch.setattr("tuneforge.losses.checkpoint", lambda f, *args, **kw: f(*args)) # it asks a GPU for its random state
+    with FakeTensorMode():
+        on = lambda i, *shape, dtype=torch.float32: torch.empty(shape, device=f"cuda:{i}", dtype=dtype)
+        labels = on(0, 2, 8, dtype=torch.long)
+        for n in (on(0, dtype=torch.long), on(1, dtype=torch.long), 3): assert for_each_token(on(1), labels, n).device==labels.device
+        tied = lambda hidden: on(0, len(hidden), 9) # a tied output layer stands where the embedding is, the last layer does not
+        assert loss_in_pieces(tied, LogitMath(), on(1, 8, 4), on(1, 8, dtype=torch.long), 3).device==torch.device("cuda:0")
+
+
+def test_logits_come_back_to_the_first_gpu(monkeypatch):
+    "As accelerate's `io_same_device` gives them: compared where they are"
+    compared = []
+    monkeypatch.setattr("tuneforge.losses.torch.allclose", lambda *both, **kw: compared.append([t.device.type for t in both]) or True)
+    prove_logits(Bent(tiny("llama"), lambda z: z.to("meta")))
+    assert compared==[["meta", "meta"]]
 
 
 class Bent(torch.nn.Module):

@@ -1,5 +1,5 @@
 "Schedules against formulas, torch and transformers; groups by counting; every optimizer against transformers' own making, on a tiny model, and through a checkpoint"
-import copy, io, math, sys
+import copy, gc, io, math, sys, weakref
 from functools import partial
 from importlib.util import find_spec
 import pytest, torch
@@ -385,6 +385,16 @@ def test_embeddings_keep_whole_states(name, model):
     step(m, optimizer, o, 0)
     assert optimizer.state[m.get_input_embeddings().weight]["state1"].dtype==torch.float32
     assert any(s["state1"].dtype==torch.uint8 for s in optimizer.state.values())
+    plain = torch.nn.Linear(128, 128, bias=False) # of the next run of this process, in the same place of its optimizer
+    plain.get_input_embeddings = plain.get_output_embeddings = lambda: None
+    other = make_optimizer(plain, o, 8)
+    plain(torch.ones(1, 128)).sum().backward()
+    other.step()
+    assert other.state[plain.weight]["state1"].dtype==torch.uint8
+    alive = weakref.ref(m)
+    del m, optimizer
+    gc.collect()
+    assert alive() is None
 
 
 def test_schedule_free_warms_up_by_itself(model):
@@ -456,6 +466,50 @@ def test_stopped_and_resumed(kw, data, tmp_path):
     whole = losses(train(config(data, tmp_path/"a", **kw)))
     again = losses(train(config(data, tmp_path/"a", resume_from_checkpoint=str(tmp_path/"a"/"checkpoint-3"), **kw)))
     assert again==pytest.approx(whole, rel=1e-5)
+
+
+REGROUPED = [dict(optimizer="adamw_torch"), dict(optimizer="muon"), dict(optimizer="schedule_free_adamw"), dict(optimizer="grokadamw", optim_args="gamma=0.0"), dict(optimizer="adafactor"), dict(optimizer="adagrad"), dict(optimizer="came_pytorch"), dict(optimizer="optimi_adamw"),
+    dict(optimizer="galore_adamw", optim_target_modules=["mlp"], optim_args="rank=4,update_proj_gap=9"), dict(optimizer="galore_adamw_layerwise", optim_target_modules=["mlp"], optim_args="rank=4,update_proj_gap=9"), dict(optimizer="adamw_bnb_8bit"), dict(optimizer="lomo")]
+
+
+@pytest.mark.parametrize("kw", REGROUPED, ids=lambda kw: kw["optimizer"])
+def test_other_groups_with_the_same_moments(kw, model):
+    "Groups that differ in nothing but the order of their parameters: a step with moments that were carried over is, bit for bit, the step of the optimizer that they come from"
+    if not find_spec(OPTIMIZERS[kw["optimizer"]].cls.split(":")[0].split(".")[0]): pytest.skip("not installed")
+    split = dict(lr_groups=[dict(name=n, modules=[m], lr=1e-3) for n, m in (("down", "down_proj"), ("queries", "q_proj"), ("first", "embed"))])
+    a, b = copy.deepcopy(model), copy.deepcopy(model)
+    def made(m, **more):
+        o = LearningOptions(learning_rate=1e-3, lr_scheduler="constant", **kw, **more)
+        optimizer = make_optimizer(m, o, 9)
+        make_scheduler(optimizer, o, 9)
+        return optimizer
+    def step(m, optimizer, seed):
+        torch.manual_seed(seed)
+        ids = torch.randint(0, 700, (2, 12))
+        if kw["optimizer"].startswith("schedule_free"): optimizer.train()
+        loss = m(input_ids=ids, labels=ids).loss
+        if kw["optimizer"]=="lomo": return optimizer.fused_backward(loss, 1e-3)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    one, two = made(a), made(b, **split if kw["optimizer"]!="lomo" else {})
+    for s in range(3): step(a, one, s)
+    b.load_state_dict(a.state_dict())
+    two.load_state_dict(carry_over(copy.deepcopy(one.state_dict()), parameter_names(a, one), two, parameter_names(b, two)))
+    for s in range(3, 5): step(a, one, s); step(b, two, s)
+    assert parameter_names(a, one)!=parameter_names(b, two) or kw["optimizer"]=="lomo"
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), model.parameters()))
+
+
+def test_projected_moments_are_no_others(model):
+    pytest.importorskip("galore_torch")
+    def made(*targets):
+        o = LearningOptions(learning_rate=1e-3, optimizer="galore_adamw", optim_target_modules=list(targets))
+        make_scheduler(optimizer := make_optimizer(model, o, 9), o, 9)
+        return optimizer, parameter_names(model, optimizer)
+    then, names = made("down_proj")
+    with pytest.raises(UserError, match="some moments are of projected gradients"): carry_over(then.state_dict(), names, *made("down_proj", "q_proj"))
 
 
 @pytest.mark.skipif(not find_spec("flashoptim") or not find_spec("triton") or torch.cuda.is_available(), reason="flashoptim on a machine without a GPU")

@@ -122,6 +122,14 @@ def test_a_checkpoint_of_a_signal_is_full(data, tmp_path):
     assert train(config(data, tmp_path/"a", resume="auto", **kw)).metrics["steps"]==4
 
 
+@pytest.mark.parametrize("kw, last", [(dict(max_steps=2, save_only_model=True, save_strategy="steps", save_steps=1), 2), (dict(max_steps=9, learning_rate=1e-9, early_stopping_patience=1), 2)], ids=["the last", "the one that stops early"])
+def test_a_signal_in_the_last_evaluation(data, tmp_path, caplog, kw, last):
+    "All steps are done, so there is nothing to go on with: the run comes to its end, and nothing says that a checkpoint was saved"
+    r = train(config(data, tmp_path, eval_steps=1, **kw), [StopAt(last, "evaluate")])
+    assert r.metrics["steps"]==last and (tmp_path/"model.safetensors").is_file() and (tmp_path/"run.json").is_file()
+    assert "SIGTERM came when the last step was done" in caplog.text and "saved checkpoint" not in caplog.text
+
+
 # Where to begin
 
 def test_nothing_before_the_position_is_looked_at(data):
@@ -170,6 +178,8 @@ def test_early_stopping_remembers(data, tmp_path):
     assert steps<9
     with pytest.raises(Stopped): train(config(data, tmp_path/"b", **kw), [StopAt(steps-2)])
     assert train(config(data, tmp_path/"b", resume="auto", **kw)).metrics["steps"]==steps
+    again = train(config(data, tmp_path/"b", resume="auto", **kw)) # what it has ended stays ended
+    assert again.metrics["steps"]==steps and max(h["step"] for h in again.history)==steps
 
 
 # What may have changed
@@ -239,6 +249,40 @@ def test_allowed_drift_takes_effect(data, stopped, tmp_path, caplog):
     assert "learning_rate: 0.001 → 0.005" in caplog.text
 
 
+class Look(TrainerCallback):
+    "Moments by the name of their parameter, and rates of groups, when a run goes on"
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+        self.moments = {n: optimizer.state[p]["exp_avg"].clone() for n, p in model.named_parameters() if p in optimizer.state}
+        self.rates, self.counted = {g["name"]: g["lr"] for g in optimizer.param_groups}, {k: v for k, v in lr_scheduler.state_dict().items() if k in ("best", "num_bad_epochs", "last_epoch", "patience")}
+
+
+GROUP = lambda module: dict(lr_groups=[dict(name="own", modules=[module], lr=3e-3)])
+PLATEAU, GREEDY = (dict(lr_scheduler=n, lr_scheduler_kwargs=dict(patience=0), weight_decay=0, warmup_steps=0) for n in ("reduce_lr_on_plateau", "greedy"))
+
+
+@pytest.mark.parametrize("then, now, rates", [(GROUP("q_proj"), GROUP("o_proj"), dict(base=.5, own=1.5)), (dict(weight_decay=0), dict(weight_decay=0.1, embedding_lr=2e-3), dict(base=.5, embeddings=1)), (PLATEAU, PLATEAU | dict(learning_rate=5e-4), dict(base=.1)),
+    (GREEDY, GREEDY | dict(learning_rate=5e-4, weight_decay=0.1), None), (dict(lr_scheduler="cosine"), PLATEAU, dict(base=1)), (PLATEAU, dict(lr_scheduler="linear"), dict(base=.5))], ids=["groups", "new groups", "plateau", "greedy", "to plateau", "from plateau"])
+def test_drift_keeps_each_moment_at_its_parameter(data, tmp_path, then, now, rates):
+    "Other groups, another schedule, or both: moments are compared by name with those at the stop, rates with what the new config says of this step"
+    kw = dict(max_steps=4, eval_steps=1, warmup_steps=0, lr_scheduler="linear", logging_steps=1)
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs): self.moments = lambda: {n: optimizer.state[p]["exp_avg"].clone() for n, p in model.named_parameters()}
+        def on_step_end(self, args, state, control, **kwargs): self.at_end = self.moments()
+    keep, look = Keep(), Look()
+    with pytest.raises(Stopped): train(config(data, tmp_path, **kw | then | (dict(learning_rate=50.) if then is PLATEAU else {})), [keep, StopAt(2)])
+    counted = torch.load(tmp_path/"checkpoint-2"/"scheduler.pt", weights_only=True)
+    r = train(config(data, tmp_path, resume="auto", **kw | now), [look], allow_drift=True)
+    assert r.metrics["steps"]==4 and same(keep.at_end, look.moments)
+    if rates: assert look.rates==pytest.approx({n: v*(5e-4 if now.get("learning_rate") else 1e-3) for n, v in rates.items()})
+    if "lr_scheduler" in then and then["lr_scheduler"]==now.get("lr_scheduler"): assert look.counted=={k: counted[k] for k in look.counted} and look.counted["last_epoch"]==2
+
+
+def test_what_was_not_trained_has_no_moments(data, tmp_path):
+    part = lambda name, **kw: config(data, tmp_path, max_steps=4, unfrozen_parameters=[name], **kw)
+    with pytest.raises(Stopped): train(part("model.layers.0.mlp"), [StopAt(2)])
+    with pytest.raises(UserError, match="cannot go on from there: model.layers.0.mlp.down_proj.weight is not trained any more, and moments are kept"): train(part("model.layers.0.self_attn", resume="auto"), allow_drift=True)
+
+
 @pytest.mark.parametrize("kw, says", [(dict(lora_r=8), "was \\(4, .*and is \\(8"), (dict(lora_target_linear=False, lora_target_modules=["q_proj"]), "is no part of the adapter any more"), (dict(optimizer="lion_pytorch"), "another optimizer")], ids=["rank", "targets", "optimizer"])
 def test_no_drift_is_allowed_that_cannot_be(data, tmp_path_factory, adapted, kw, says):
     with pytest.raises(UserError) as e: train(config(data, adapted, resume="auto", max_steps=4, **SMALL | kw))
@@ -280,8 +324,9 @@ def test_ranks_agree_when_to_stop(data, tmp_path):
     "A signal to one of two ranks, in accumulation, stops both after the same step; with dropout the run goes on exactly"
     (tmp_path/"c.yml").write_text(json.dumps(settings(data, tmp_path/"out", max_steps=5, save_strategy="steps", save_steps=50, resume="auto", use_tensorboard=True, eval_table_size=2, eval_max_new_tokens=3)))
     phase = lambda name, **kw: dict(config=str(tmp_path/"c.yml"), ranks=2, overrides=["--output-dir", str(tmp_path/name)]) | kw
-    whole, stop, on = forks([phase("whole"), phase("out", stop=[1, 2, "substep", signal.SIGTERM]), phase("out")], tmp_path)
-    assert whole["codes"]==on["codes"]==[0, 0], on["said"]
+    over = phase("over") | dict(overrides=["--output-dir", str(tmp_path/"over"), "--load-best-model-at-end"])
+    whole, stop, on, over, again = forks([phase("whole"), phase("out", stop=[1, 2, "substep", signal.SIGTERM]), phase("out"), over, over], tmp_path)
+    assert whole["codes"]==on["codes"]==over["codes"]==again["codes"]==[0, 0], on["said"]
     assert stop["codes"]==[143, 143] and list(stop["checkpoints"])==["checkpoint-3"]
     for f in ("model.safetensors", "checkpoint-5/optimizer.pt", "checkpoint-5/rng_state_0.pth", "checkpoint-5/rng_state_1.pth"):
         load = (lambda p: load_file(p)) if f.endswith("safetensors") else (lambda p: torch.load(p, weights_only=False))
@@ -291,6 +336,7 @@ def test_ranks_agree_when_to_stop(data, tmp_path):
     assert [len(list((tmp_path/n/"tensorboard").iterdir())) for n in ("whole", "out")]==[1, 2] # the first rank alone tells the tracker, once for each start
     said = {n: [json.loads(l) for l in (tmp_path/n/"samples.jsonl").read_text().splitlines()] for n in ("whole", "out")}
     assert said["whole"]==said["out"] and [r["step"] for r in said["whole"]]==[0, 0, 3, 3, 5, 5]
+    assert [json.loads(l)["step"] for l in (tmp_path/"over"/"samples.jsonl").read_text().splitlines()][6:]==[5, 5] # of what a finished run is taken for, by the first rank alone
 
 
 def test_a_run_below_home_lies_in_one_folder(data, tmp_path, monkeypatch):

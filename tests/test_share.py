@@ -156,6 +156,20 @@ def test_refused_in_the_middle(data, hub, caplog):
     assert "403" in caplog.text and "tuneforge push out --to me/village" in caplog.text and not commits(hub) and Path("out/README.md").is_file()
 
 
+def test_an_error_of_any_kind_costs_nothing(data, hub, monkeypatch, caplog):
+    "The hub's library raises what its parts in other languages raise; what is pushed at the end is tried all the same"
+    tried = []
+    def breaks(*args, **kw):
+        tried.append(kw["message"])
+        raise RuntimeError("Data processing error: CAS service error, for hf_0123456789abcdef")
+    with monkeypatch.context() as m:
+        m.setattr("tuneforge.share.push_files", breaks)
+        r = train(config(data, **LORA))
+    assert len(tried)>1 and tried[-1].startswith(f"{r.metrics['steps']} steps")
+    assert "RuntimeError: Data processing error" in caplog.text and "tuneforge push out --to me/village" in caplog.text and "hf_0123" not in caplog.text
+    assert command("push", "out")[0]==0 and "adapter_model.safetensors" in files(hub)
+
+
 def test_nothing_to_push(hub, tmp_path):
     code, out, err = command("push", "nowhere", "--to", "me/x")
     assert code==2 and "no run.json" in err

@@ -3,8 +3,10 @@ import json, shutil, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from tuneforge.all import *
+from tuneforge.models import free_memory
+from tuneforge.train import set_up
 from tests.tools import ROOT, run, torchrun, write_jsonl
 
 
@@ -187,6 +189,29 @@ def test_a_hopeless_run_stops(data, tmp_path):
     with pytest.raises(UserError, match=f"loss_watchdog_threshold.* at step 3. Neither a checkpoint nor a model was written to {tmp_path}. Try a lower `learning_rate`.*tuneforge preview"): train(config(data, tmp_path, max_steps=20, loss_watchdog_threshold=1.0))
     with pytest.raises(UserError, match=f"The last checkpoint is {tmp_path}/b/checkpoint-2, and no model was written"): train(config(data, tmp_path/"b", max_steps=20, loss_watchdog_threshold=1.0, save_strategy="steps", save_steps=1))
     assert [p.name for p in checkpoints(tmp_path/"b")][-1]=="checkpoint-2" and not (tmp_path/"b"/"model.safetensors").exists()
+
+
+def test_tf32_is_for_one_run(data, tmp_path, monkeypatch):
+    "As on a GPU that has it: two runs of one process, of which the first asks for it"
+    monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr("tuneforge.precision._tf32", lambda opts, device: opts.tf32)
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs): seen.append(torch.backends.fp32_precision)
+    before, seen = torch.backends.fp32_precision, []
+    for kw in (dict(tf32=True), {}): train(config(data, tmp_path, max_steps=1, **kw), [Look()])
+    assert seen==["tf32", before] and torch.backends.fp32_precision==before!="tf32"
+
+
+def test_a_rank_asks_for_its_own_gpu(data, tmp_path, monkeypatch):
+    "Before anything else is done: torch means the first one as long as nobody says which"
+    now, asked = [0], []
+    for name, f in dict(is_available=lambda: True, set_device=lambda i: now.__setitem__(0, i), current_device=lambda: now[0], mem_get_info=lambda i: asked.append(i) or ((20, 80) if i==0 else (60, 80))).items(): monkeypatch.setattr(torch.cuda, name, f)
+    def first(cfg): raise StopIteration(free_memory("cuda"))
+    monkeypatch.setattr("tuneforge.train.optimizer_name", first)
+    for rank, free in ((None, 20), ("1", 60)):
+        if rank: monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(StopIteration) as e: set_up(config(data, tmp_path))
+        assert e.value.value==free and asked.pop()==int(rank or 0)
 
 
 def test_packing_is_refused_where_it_leaks(data, tmp_path):

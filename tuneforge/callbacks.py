@@ -49,12 +49,15 @@ def sparkline(
 
 # %% ../nbs/31_callbacks.ipynb #f0000004
 class LiveProgress(TrainerCallback):
-    "Step, loss, learning rate, speed, memory and time left, live"
+    "Step, loss, learning rate, speed, memory and time left, live; a context, so that a run that fails leaves no bar, which holds the terminal"
     def __init__(self,
         meter:Meter, # speed and memory
         title:str="Training", # before the bar
     ):
         self.meter,self.title,self.said,self.losses,self.curve,self.show = meter,title,{},[],[],None
+    def __enter__(self): return self
+    def __exit__(self, *_):
+        if self.show: self.show.stop()
     def on_train_begin(self, args, state, control, **kwargs):
         self.meter.start = None
         self.losses = [h["loss"] for h in state.log_history if "loss" in h][-200:]
@@ -190,7 +193,7 @@ class Stopped(SystemExit):
 
 class StopOnSignal(TrainerCallback):
     "After SIGTERM or SIGINT: finish the optimizer step, save, stop. Python hears signals in the main thread alone: a run in another one is ended by them as any program is."
-    def __init__(self): self.signum,self.since,self.before,self.group = 0,0.,{},None
+    def __init__(self): self.signum,self.since,self.before,self.group,self.stops = 0,0.,{},None,False
     def __enter__(self):
         if threading.current_thread() is threading.main_thread(): # nowhere else may handlers be set
             self.before = {s: signal.signal(s, self.hear) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -210,7 +213,7 @@ class StopOnSignal(TrainerCallback):
         if args.world_size>1: self.group = dist.new_group(backend="gloo") # of its own, so that no GPU waits for it
     def on_step_end(self, args, state, control, **kwargs):
         if self._anywhere():
-            control.should_save = control.should_training_stop = True
+            self.stops = control.should_save = control.should_training_stop = True
             args.save_only_model = False # to go on, the optimizer's state is needed
     def _anywhere(self):
         if self.group is None: return self.signum

@@ -113,23 +113,24 @@ class StallWatch(TrainerCallback):
 
 # %% ../nbs/31_guards.ipynb #ffdc8252
 class Profiled(TrainerCallback):
-    "Records some steps into `profile.json` of the run's folder, one file for each rank"
+    "Records some steps into `profile.json` of the run's folder, one file for each rank; a context, so that a run that ends before writes what there is"
     def __init__(self,
         output_dir:str|Path, # of the run
         steps:int, # to record (`profiler_steps`)
         start:int=0, # steps before them (`profiler_steps_start`)
-    ): self.folder,self.first,self.last,self.profile = Path(output_dir),start+1,start+steps,None
+    ): self.path,self.first,self.last,self.profile = Path(output_dir)/"profile.json",start+1,start+steps,None
+    def __enter__(self): return self
+    def __exit__(self, *_): self.write()
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step+1!=self.first: return
+        if args.world_size>1: self.path = self.path.with_stem(f"profile-{args.process_index}")
         self.profile = torch.profiler.profile(profile_memory=True, record_shapes=True)
         self.profile.start()
     def on_step_end(self, args, state, control, **kwargs):
-        if self.profile and state.global_step in (self.last, state.max_steps): self.write(args.process_index, args.world_size)
-    def write(self,
-        rank:int, # of this process
-        world_size:int, # ranks
-    ):
+        if state.global_step in (self.last, state.max_steps): self.write()
+    def write(self):
         "Stop recording, and write what was recorded"
+        if not self.profile: return
         self.profile.stop()
-        self.profile.export_chrome_trace(str(self.folder/(f"profile-{rank}.json" if world_size>1 else "profile.json")))
+        self.profile.export_chrome_trace(str(self.path))
         self.profile = None

@@ -6,10 +6,11 @@ Docs: https://tuneforge.github.io/tuneforge/optim.html.md"""
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'GroupOptions', 'parameter_groups', 'Recipe', 'find_optimizer', 'optimizer_arguments', 'optimizer_name',
-           'Joint', 'Layerwise', 'projected_weights', 'make_optimizer', 'make_scheduler']
+           'Joint', 'Layerwise', 'projected_weights', 'make_optimizer', 'make_scheduler', 'parameter_names',
+           'carry_over']
 
 # %% ../nbs/30_optim.ipynb #0ce1608d
-import inspect,re,sys
+import copy,inspect,re,sys
 from dataclasses import dataclass,field
 from functools import partial
 from importlib import import_module
@@ -246,10 +247,12 @@ def _build(model, opts, total):
     return cls(groups, **kw) if kind=="plain" else _low_rank_optimizer(groups, model, cls, kw, group, opts)
 
 # %% ../nbs/30_optim.ipynb #7db4f0c0
-def _whole_embeddings(model):
+def _whole_embeddings(optimizer, model):
     from bitsandbytes.optim import GlobalOptimManager
+    optimizer.mng = own = GlobalOptimManager.__new__(GlobalOptimManager)
+    own.initialize()
     for m in model.modules():
-        if isinstance(m, torch.nn.Embedding): GlobalOptimManager.get_instance().register_module_override(m, "weight", dict(optim_bits=32))
+        if isinstance(m, torch.nn.Embedding): own.register_module_override(m, "weight", dict(optim_bits=32))
 
 def make_optimizer(
     model, # what is trained has `requires_grad`
@@ -260,7 +263,7 @@ def make_optimizer(
     try: optimizer = _build(model, opts, total)
     except UserError: raise
     except (TypeError, ValueError, RuntimeError, AssertionError) as e: raise UserError(f"`optimizer: {opts.optimizer}` cannot be made: {e}") from e
-    if OPTIMIZERS[opts.optimizer].fixed.get("optim_bits")==8: _whole_embeddings(model)
+    if OPTIMIZERS[opts.optimizer].fixed.get("optim_bits")==8: _whole_embeddings(optimizer, model)
     return optimizer
 
 # %% ../nbs/30_optim.ipynb #34fed59d
@@ -272,6 +275,47 @@ def make_scheduler(
     "Multiplies the rates of all groups by the schedule's factor at each step"
     if opts.lr_scheduler not in ADAPTIVE or schedule_free(opts): return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(opts, total))
     from transformers import get_scheduler
+    for g in optimizer.param_groups: g["initial_lr"] = g["lr"] # as with the others, so that it is known what they come from
     rates = [g["lr"] for g in optimizer.param_groups]
     bounds = dict(min_lr=[lr/100 for lr in rates], max_lr=rates) if opts.lr_scheduler=="greedy" else {}
     return get_scheduler(opts.lr_scheduler, optimizer, scheduler_specific_kwargs=bounds | (opts.lr_scheduler_kwargs.explicit() if opts.lr_scheduler_kwargs else {}))
+
+# %% ../nbs/30_optim.ipynb #3c08f9c5
+def parameter_names(
+    model, # that is trained
+    optimizer:torch.optim.Optimizer, # of its parameters, or of rows of them
+) -> list[str]: # in the order of its groups
+    "The names of what an optimizer steps; rows with the values where they begin and end"
+    named = dict(model.named_parameters())
+    known = {id(p): n for n,p in named.items()}
+    def rows(v):
+        name,first = next((n,v.data_ptr()-p.data_ptr()) for n,p in named.items() if p.data_ptr()<=v.data_ptr()<p.data_ptr()+p.nbytes)
+        return f"{name}[{first//v.element_size()}:{first//v.element_size()+v.numel()}]"
+    return [known.get(id(p)) or rows(p) for g in optimizer.param_groups for p in g["params"]]
+
+def _own(was, group, cls): # what an optimizer counts or has decided by itself, in a group that was
+    given = {"params","lr","initial_lr","name",*inspect.signature(cls.__init__).parameters}
+    return copy.deepcopy({k: v for k,v in was.items() if k not in given or group.get(k) is None})
+
+def carry_over(
+    saved:dict, # state of the same optimizer with other groups
+    names:list[str], # from `parameter_names`, of then
+    optimizer:torch.optim.Optimizer, # with fresh groups
+    now:list[str], # from `parameter_names`
+) -> dict: # state to load: groups as they are now, moments as they were
+    "Each parameter's moments, found by its name. Raises `UserError` for what has none."
+    fresh,leaves,old,order = optimizer.state_dict(),lambda sd: sd.get("optimizers", [sd]),{},iter(names)
+    for sd in leaves(saved):
+        for g in sd["param_groups"]: old |= {n: (g,at,sd["state"].get(i)) for (at,i),n in zip(enumerate(g["params"]), order)}
+    if odd := sorted(old.keys()^set(now)): raise UserError(f"{odd[0]} is {'trained now, and was not then' if odd[0] in now else 'not trained any more'}, and moments are kept for what was trained")
+    order = iter(now)
+    for sd,cls in zip(leaves(fresh), [type(o) for o in optimizer.optimizers] if isinstance(optimizer, Joint) else [type(optimizer)]):
+        for g in sd["param_groups"]:
+            then = [old[n] for _,n in zip(g["params"], order)]
+            sd["state"] |= {i: state for i,(_,_,state) in zip(g["params"], then) if state is not None}
+            was = then[0][0]
+            if any(g.keys()-o.keys() or o.keys()^was.keys() for o,_,_ in then): raise UserError("some moments are of projected gradients and others are not (`optim_target_modules`)")
+            own = _own(was, g, cls)
+            each = {k: [o[k][at] for o,at,_ in then] for k,v in own.items() if isinstance(v, list) and len(v)==len(was["params"])}
+            g.update(own | each | dict(lr=g["initial_lr"]*was["lr"]/was["initial_lr"]))
+    return fresh | {k: v for k,v in saved.items() if k not in fresh or k not in ("state","param_groups","optimizers")}

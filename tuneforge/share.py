@@ -17,7 +17,7 @@ from .config import UserError, log
 from .document import this_rank
 from .hub import Unreachable, open_repo, push_files
 from .options import TrainOptions
-from .record import without_homes, without_secrets
+from .record import masked, without_homes, without_secrets
 from transformers import TrainerCallback
 
 # %% ../nbs/32_share.ipynb #e2335f3c
@@ -120,10 +120,11 @@ class HubPush(TrainerCallback):
     def attempt(self, **kwargs):
         "Push; what goes wrong is a warning"
         try: log.info(f"pushed to {push_run(self.opts.output_dir, self.opts.hub_model_id, self.opts.hub_revision, **kwargs)}")
-        except UserError as e:
-            if str(e)!=self.said: log.warning(f"`hub_model_id`: {str(e).rstrip('.')}. {later(self.opts)}")
-            self.said = str(e) # once is enough
         except FileNotFoundError as e: log.warning(f"`hub_model_id`: {e.filename} was deleted before it was pushed (`save_total_limit`); the next save is pushed instead")
+        except Exception as e: # whatever the hub's library meets: it has errors of many kinds, and no run is worth one of them
+            why = str(e) if isinstance(e, UserError) else masked(f"{type(e).__name__}: {e}", self.opts)
+            if why!=self.said: log.warning(f"`hub_model_id`: {why.rstrip('.')}. {later(self.opts)}")
+            self.said = why # once is enough
     def finish(self):
         "Wait for what is under way, and push the result"
         self.last.result()

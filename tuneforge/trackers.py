@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/trackers.html.md"""
 
 # %% auto #0
 __all__ = ['QUIET', 'BRIEF', 'TRACKERS', 'as_markdown', 'Tracker', 'TensorBoard', 'Wandb', 'own_store', 'MLflow', 'Comet',
-           'trackers_of', 'check_trackers', 'make_trackers', 'tracked']
+           'trackers_of', 'check_trackers', 'make_trackers', 'brief', 'tracked']
 
 # %% ../nbs/32_trackers.ipynb #8437133c
 import html,netrc,os,time
@@ -195,8 +195,7 @@ def check_trackers(
     opts:LoggingOptions, # what is asked for
 ):
     "Whether all trackers can begin: package, and key. Raises `UserError` with the way out."
-    for k,v in (QUIET | BRIEF).items():
-        if not (opts.hf_mlflow_log_artifacts and k.endswith("_TIMEOUT")): os.environ.setdefault(k, v) # a server takes its time over a checkpoint
+    for k,v in QUIET.items(): os.environ.setdefault(k, v)
     asked = trackers_of(opts)
     for n in asked:
         lacks = [p for p in (TRACKERS[n][1], *(("sqlalchemy","alembic") if n=="mlflow" and own_store(opts) else ())) if find_spec(p) is None]
@@ -212,6 +211,17 @@ def make_trackers(
 ) -> list[Tracker]: # callbacks for the trainer
     "The trackers that a config asks for"
     return [TRACKERS[n][0](cfg, without_secrets(cfg.model_dump(mode="json")), cfg.output_dir) for n in trackers_of(cfg)]
+
+@contextmanager
+def brief(
+    opts:LoggingOptions, # `hf_mlflow_log_artifacts`: a server takes its time over a checkpoint
+):
+    "Within it a server that cannot be reached is given up soon, unless the environment says otherwise; after it the environment is as it was"
+    ours = {k: v for k,v in BRIEF.items() if k not in os.environ and not (opts.hf_mlflow_log_artifacts and k.endswith("_TIMEOUT"))}
+    os.environ.update(ours)
+    try: yield
+    finally:
+        for k in ours: os.environ.pop(k, None)
 
 @contextmanager
 def tracked(

@@ -11,7 +11,7 @@ __all__ = ['total_steps', 'plan_run', 'training_arguments', 'stop_token_ids', 'f
 
 # %% ../nbs/34_train.ipynb #4302daee
 import json,math,os
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np, torch
@@ -36,7 +36,7 @@ from .models import check_length, load_model, model_config, untrained_tokens
 from .optim import optimizer_name
 from .packing import Collator, PackPlan, RunPlan, count_steps, plan_evaluation, plan_training, sample_lengths
 from .pose import PoseCollator, check_pose
-from .precision import best_device, choose_precision
+from .precision import best_device, choose_precision, claim_gpu, usual_tf32
 from .record import as_written, fingerprints, git_state, hardware, origins, without_secrets
 from .samples import Samples, sample_options, sample_questions
 from .share import HubPush, check_hub
@@ -46,7 +46,7 @@ from .speed import Meter, flops_per_token, peak_flops
 from .spikes import SpikeWatch
 from .stream import Stream, load_data, report_of
 from .tokens import IGNORE, load_tokenizer
-from .trackers import check_trackers, make_trackers, tracked
+from .trackers import brief, check_trackers, make_trackers, tracked
 from .trainable import Trainable, show_trainable
 from .trainer import ForgeTrainer, causal_loss
 from transformers import PrinterCallback, TrainingArguments, set_seed
@@ -241,6 +241,7 @@ def set_up(
     quiet:bool=False, # don't show what is trained
 ) -> tuple: # (`ForgeTrainer`, `Prepared`, contexts of the run)
     "Everything that a run needs, ready to begin. Raises `UserError` if it cannot work."
+    claim_gpu(cfg)
     optimizer_name(cfg) # better refused now than after the data are prepared
     check_trackers(cfg)
     config = model_config(cfg)
@@ -261,9 +262,9 @@ def set_up(
     trainable = Trainable(model, hooks)
     if not quiet: show_trainable(trainable)
     model.generation_config.eos_token_id = stop_token_ids(data.train, tokenizer, [t for o in (cfg, *train_entries(cfg)) for t in o.eot_tokens or []])
-    trackers,watch = make_trackers(cfg),StallWatch(cfg.output_dir, cfg.stall_seconds)
-    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, *make_samples(cfg, data.valid, tokenizer, trackers), watch, *callbacks], isolation, kernels)
-    return trainer,data,(watch,tracked(trackers))
+    trackers = make_trackers(cfg)
+    trainer = make_trainer(cfg, model, tokenizer, data, [*hooks, *trackers, *make_samples(cfg, data.valid, tokenizer, trackers), StallWatch(cfg.output_dir, cfg.stall_seconds), *callbacks], isolation, kernels)
+    return trainer,data,[*(c for c in trainer.callback_handler.callbacks if isinstance(c, (LiveProgress, StallWatch, Profiled))), tracked(trackers)]
 
 # %% ../nbs/34_train.ipynb #a0000905
 def train_once(
@@ -272,10 +273,11 @@ def train_once(
     allow_drift:bool=False, # go on from a checkpoint though config or data have changed
 ) -> Run: # what came of it
     "All steps of a run, in a folder that is held. Raises `FewerRows` where `auto_find_batch_size` found that too many are asked for."
-    trainer,data,(watch,tracking) = set_up(cfg, callbacks, allow_drift)
+    trainer,data,contexts = set_up(cfg, callbacks, allow_drift)
     hub = HubPush(cfg, lambda state: describe(cfg, trainer, data, figures(trainer)).manifest()) if cfg.hub_model_id and trainer.args.should_save else None
     if hub: trainer.add_callback(hub)
-    with watch,tracking:
+    with ExitStack() as until_the_end:
+        for c in contexts: until_the_end.enter_context(c)
         result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
         if cfg.load_best_model_at_end: trainer.load_best()
         run = save_run(cfg, trainer, data, result)
@@ -289,7 +291,7 @@ def train(
 ) -> Run: # what came of it
     "Fine-tune: from a config to a folder with a model or an adapter. Raises `UserError` before anything is written if it cannot work, and `Stopped` after a signal."
     if Path(cfg.output_dir).resolve()==Path(cfg.base_model).resolve(): raise UserError(f"`output_dir` is the folder of `base_model`, {cfg.base_model}, and the result would be written over what it is made of: name another folder")
-    with held(cfg.output_dir):
+    with held(cfg.output_dir),usual_tf32(),brief(cfg):
         check_hub(cfg)
         if not allow_drift: check_config(cfg)
         return until_it_fits(as_before(cfg), lambda c: train_once(c, callbacks, allow_drift))

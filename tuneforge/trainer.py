@@ -23,7 +23,7 @@ from .dataset import Prepared
 from .folder import share_weights
 from .guards import Guard, fused
 from .loaders import PlanLoader, StreamLoader
-from .losses import within
+from .losses import for_each_token, within
 from .optim import make_optimizer, make_scheduler
 from .packing import Collator, RunPlan
 from .schedules import LearningOptions
@@ -42,7 +42,7 @@ def causal_loss(
     "Mean cross-entropy of the next token"
     logits,targets = outputs["logits"][:,:-1].float(),labels[:,1:].to(outputs["logits"].device)
     total = F.cross_entropy(logits.flatten(0,1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    return total/((targets!=IGNORE).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    return for_each_token(total, labels, num_items_in_batch)
 
 # %% ../nbs/33_trainer.ipynb #0f0bf1d2
 class HookedTrainer(ResumableTrainer):
