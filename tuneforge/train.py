@@ -10,8 +10,7 @@ __all__ = ['total_steps', 'plan_run', 'training_arguments', 'stop_token_ids', 'f
            'set_up', 'train_once', 'train', 'figures', 'last_evaluation', 'describe', 'save_run']
 
 # %% ../nbs/34_train.ipynb #4302daee
-import json,math,os
-from contextlib import ExitStack
+import contextlib,json,math,os
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
@@ -274,7 +273,7 @@ def train_once(
     trainer,data,contexts = set_up(cfg, callbacks, allow_drift)
     hub = HubPush(cfg, lambda state: describe(cfg, trainer, data, figures(trainer)).manifest()) if cfg.hub_model_id and trainer.args.should_save else None
     if hub: trainer.add_callback(hub)
-    with ExitStack() as until_the_end:
+    with contextlib.ExitStack() as until_the_end:
         for c in contexts: until_the_end.enter_context(c)
         result = run_to_end(trainer, on_first_rank(lambda: resume_from(cfg)), allow_drift)
         if cfg.load_best_model_at_end: trainer.load_best()
