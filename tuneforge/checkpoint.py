@@ -418,8 +418,27 @@ class _Restored(_Resumable):
             elif not same: g["lr"] = g["initial_lr"]
         self.lr_scheduler.load_state_dict(fresh | counted | dict(_last_lr=[g["lr"] for g in groups]) | (dict(_step_count=counted["last_epoch"]+1) if planned else {}))
 
+# %% ../nbs/32_checkpoint.ipynb #520306f9
+class _Ended(_Restored):
+    "Runs that are over"
+    def is_over(self,
+        checkpoint:str, # folder
+    ) -> bool: # whether there is nothing left to train
+        "Whether a run had come to its end: all steps are done, or early stopping has ended it"
+        kept = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json")).stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+        patience = min((c.early_stopping_patience for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)), default=math.inf)
+        return self.start>=self.facts["steps"] or kept.get("early_stopping_patience_counter", 0)>=patience
+    def take(self,
+        checkpoint:str, # folder
+    ):
+        "Have the weights and the log of a run that is over, and evaluate with the precision of its training"
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json"))
+        self.state.is_world_process_zero,self.state.is_local_process_zero = self.is_world_process_zero(),self.is_local_process_zero()
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)
+
 # %% ../nbs/32_checkpoint.ipynb #ca40a0e5
-class ResumableTrainer(_Restored):
+class ResumableTrainer(_Ended):
     "transformers' Trainer, with checkpoints that survive and runs that go on exactly"
     def __init__(self,
         *args, # of Trainer
@@ -451,22 +470,6 @@ class ResumableTrainer(_Restored):
         self.drifted = wrong
         if newer := [f"{p} {v} → {versions().get(p)}" for p,v in then["versions"].items() if versions().get(p)!=v]: log.warning(f"other versions than in {checkpoint}: {', '.join(newer)}")
         if wrong: log.warning(has_changed(checkpoint, wrong))
-
-    def is_over(self,
-        checkpoint:str, # folder
-    ) -> bool: # whether there is nothing left to train
-        "Whether a run had come to its end: all steps are done, or early stopping has ended it"
-        kept = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json")).stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
-        patience = min((c.early_stopping_patience for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)), default=math.inf)
-        return self.start>=self.facts["steps"] or kept.get("early_stopping_patience_counter", 0)>=patience
-    def take(self,
-        checkpoint:str, # folder
-    ):
-        "Have the weights and the log of a run that is over, and evaluate with the precision of its training"
-        self._load_from_checkpoint(checkpoint)
-        self.state = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json"))
-        self.state.is_world_process_zero,self.state.is_local_process_zero = self.is_world_process_zero(),self.is_local_process_zero()
-        self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
 # %% ../nbs/32_checkpoint.ipynb #9ef27a58
 def make_way(
