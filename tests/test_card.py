@@ -17,6 +17,7 @@ def home(tmp_path, monkeypatch):
     village = Village()
     rows = village.questions(list(village.people)[:3])
     write_jsonl(tmp_path/"qa.jsonl", rows)
+    write_jsonl(tmp_path/"mapped.jsonl", [dict(messages=[{"from": "user", "value": r["instruction"]}, {"from": "assistant", "value": r["output"]}]) for r in rows])
     write_jsonl(tmp_path/"chat.jsonl", [dict(messages=[dict(role="user", content=r["instruction"]), dict(role="assistant", content=r["output"])]) for r in rows])
     return tmp_path
 
@@ -30,7 +31,9 @@ LORA = dict(adapter="lora", lora_r=4, lora_target_linear=True)
 CHAT = dict(datasets=[dict(path="chat.jsonl", type="chat_template")], chat_template="chatml", special_tokens=dict(eos_token="<|im_end|>"))
 
 
-@pytest.mark.parametrize("kw", [{}, LORA, LORA | CHAT], ids=["full", "adapter", "chat"])
+MAPPED = dict(datasets=[dict(path="mapped.jsonl", type="chat_template", message_property_mappings=dict(role="from", content="value"))], chat_template="chatml", special_tokens=dict(eos_token="<|im_end|>"))
+
+@pytest.mark.parametrize("kw", [{}, LORA, LORA | CHAT, LORA | MAPPED], ids=["full", "adapter", "chat", "mapped"])
 def test_the_code_on_the_card_gives_the_same_answer(home, kw):
     cfg = config(**kw)
     run = train(cfg)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import yaml
 from .adapters import BASE_FILE
+from .chat import turns_row
 from .config import Config, log
 from .document import counted
 from .dataset import train_entries
@@ -27,7 +28,7 @@ from .tokens import prompt_ids
 def _placeholder_row(entry, golden):
     "A row of a dataset entry with names in angle brackets for its texts"
     kind = entry.type if isinstance(entry.type, str) else ""
-    if kind.startswith("chat_template"): return {entry.field_messages: [{entry.message_field_role: "user", entry.message_field_content: "<question>"}]}
+    if kind.startswith("chat_template"): return turns_row(entry, [("user", "<question>")])
     return {k: f"<{k}>" if isinstance(v, str) and v else v for k,v in golden["row"].items()}
 
 def how_to_ask(

@@ -6,8 +6,8 @@ Docs: https://tuneforge.github.io/tuneforge/chat.html.md"""
 
 # %% auto #0
 __all__ = ['TAGS', 'ROLES', 'render_all', 'render', 'Marks', 'Extent', 'ChatTemplate', 'Turn', 'find_turns', 'Conversation',
-           'role_names', 'split_thinking', 'to_messages', 'trained_messages', 'chat_segments', 'chat_template',
-           'check_formats']
+           'message_keys', 'turns_row', 'role_names', 'split_thinking', 'to_messages', 'trained_messages',
+           'chat_segments', 'chat_template', 'check_formats']
 
 # %% ../nbs/12_chat.ipynb #dfce8bea
 import json,re
@@ -357,6 +357,21 @@ class Conversation:
     train:list=field(default_factory=list) # of each message: true, false, or null: as its role
     detail:list=field(default_factory=list) # of each message: parts to train, or None
 
+# %% ../nbs/12_chat.ipynb #993d0958
+def message_keys(
+    opts:DatasetOptions, # `message_field_role`, `message_field_content`, `message_property_mappings`
+) -> dict[str,str]: # property of a message in templates -> its key in the data
+    "What the config calls the parts of a message"
+    return dict(role=opts.message_field_role, content=opts.message_field_content) | (opts.message_property_mappings or {})
+
+def turns_row(
+    opts:DatasetOptions, # whose names are used
+    turns:list[tuple[str,str]], # (role, text)
+) -> dict: # a row of that format
+    "A conversation as a row of the dataset"
+    keys = message_keys(opts)
+    return {opts.field_messages: [{keys["role"]: r, keys["content"]: t} for r,t in turns]}
+
 # %% ../nbs/12_chat.ipynb #c8e01aec
 def _column(row, opts):
     "(messages of a row, name of their column)"
@@ -373,7 +388,7 @@ _OTHER = dict(role=("role","from"), content=("content","value","text")) # names 
 
 def _keys(first, opts):
     "property of a message in templates -> its key in the data"
-    keys = dict(role=opts.message_field_role, content=opts.message_field_content) | (opts.message_property_mappings or {})
+    keys = message_keys(opts)
     for k,names in _OTHER.items():
         given = f"message_field_{k}" in opts.model_fields_set or k in (opts.message_property_mappings or {})
         if given or first.get(keys[k]) is not None: continue # a table has all keys, also where a row has none of them

@@ -13,6 +13,7 @@ import json,re
 from contextlib import contextmanager
 from pathlib import Path
 from .adapters import load_adapter, trained_adapter
+from .chat import message_keys, turns_row
 from .config import Config, CustomFormat, DatasetOptions, UserError, log
 from .dataset import train_entries
 from .generate import cut_at, generate
@@ -96,7 +97,7 @@ def user_row(
     "A user's question as a row of the dataset"
     if isinstance(opts.type, CustomFormat): return {opts.type.field_instruction: text, opts.type.field_input: context, opts.type.field_output: ""}
     name = opts.type.removesuffix(".load").partition(":")[0]
-    if name=="chat_template" or name.startswith("messages"): return {opts.field_messages: [{opts.message_field_role: "user", opts.message_field_content: text}]}
+    if name=="chat_template" or name.startswith("messages"): return turns_row(opts, [("user", text)])
     if name.startswith("sharegpt"): return dict(conversations=[{"from":"human", "value":text}])
     if name=="pygmalion": return dict(conversations=[dict(role="human", value=text), dict(role="bot", value="")])
     if name=="llama2_chat": return dict(conversations=[{"from":"human", "value":text}, {"from":"gpt", "value":""}])
@@ -122,7 +123,7 @@ def chat_row(
     if opts.type.startswith("sharegpt"):
         names = dict(user="human", assistant="gpt", system="system")
         return dict(conversations=[{"from": names[r], "value": t} for r,t in turns])
-    return {opts.field_messages: [{opts.message_field_role: r, opts.message_field_content: t} for r,t in turns]}
+    return turns_row(opts, turns)
 
 # %% ../nbs/51_infer.ipynb #05ed14c8
 def misses_system(
@@ -134,7 +135,7 @@ def misses_system(
     if not (has_turns(opts) and kept.is_file()) or opts.default_system_message or opts.drop_system_message: return False
     rows = [g["row"] for g in json.loads(kept.read_text(encoding="utf-8")) if g["entry"]==0]
     turns = [r.get(opts.field_messages) or r.get("conversations") for r in rows]
-    return bool(turns) and all(isinstance(t, list) and "system" in (t[0].get(opts.message_field_role), t[0].get("from")) for t in turns)
+    return bool(turns) and all(isinstance(t, list) and "system" in (t[0].get(message_keys(opts)["role"]), t[0].get("from")) for t in turns)
 
 # %% ../nbs/51_infer.ipynb #8a706fa7
 def ask(
