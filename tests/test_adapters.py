@@ -84,6 +84,19 @@ def test_saved_loaded_merged_the_same(tmp_path_factory, given_):
     if not o.get("lora_fan_in_fan_out") or name=="gpt2": assert (logits(plain.merge_and_unload())-want).abs().max()<=2*near
 
 
+@pytest.mark.parametrize("name, o, kw", [("mixtral", dict(lora_target_linear=True), {}), ("mixtral", dict(lora_target_linear=True), dict(load_in_4bit=True)), ("qwen3_moe", dict(lora_target_linear=True), {}), ("mixtral", dict(lora_target_modules=["gate", "q_proj", "w1", "w2", "w3"]), {}),
+    *((n, dict(lora_target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]), {}) for n in ("qwen3_moe", "olmoe", "qwen2_moe"))])
+def test_dropout_is_before_layers_beside_experts(name, o, kw, caplog):
+    "As Axolotl's examples ask for it; experts and router are parameters now, and PEFT refuses dropout there"
+    from peft.tuners.lora.layer import ParamWrapper
+    model = adapted(dict(adapter="lora", lora_r=2, lora_dropout=0.5) | o, f"tiny:{name}?num_hidden_layers=1", **kw)
+    found = adapted_layers(model)
+    assert {type(m.lora_dropout["default"]).__name__ for m in found.values() if not isinstance(m, ParamWrapper)}=={"Dropout"}
+    assert any(isinstance(m, ParamWrapper) for m in found.values())==("not of experts and their router" in caplog.text)
+    with torch.no_grad(): drawn = [model.train()(input_ids=torch.arange(3, 23)[None]).logits for _ in range(2)]
+    assert not torch.equal(*drawn) and torch.equal(logits(model), logits(model))
+
+
 @pytest.mark.parametrize("o", [dict(lora_target_linear=True), dict(lora_target_modules=["q_proj"], lora_target_parameters=["experts.gate_up_proj", "experts.down_proj"])])
 def test_fused_experts(tmp_path, o):
     model = adapted(dict(adapter="lora", lora_r=2) | o, "tiny:mixtral")
