@@ -4,8 +4,10 @@ from typing import Literal, get_args, get_origin
 import pytest, yaml
 from tuneforge.document import ConfigError
 from tuneforge.config import load_config
+from tuneforge.derive import buffer_size, interval, strategy
 from tuneforge.options import AllOptions
 from tuneforge.rules import NEEDS, NOTES, ONE_OF, RULES
+from tuneforge.schedules import schedule
 
 BASE = dict(base_model="x", datasets=[dict(path="y", type="alpaca")], learning_rate=1e-4)
 HAND = dict(datasets=[dict(path="z")], test_datasets=[dict(path="z")], pretraining_dataset=[dict(path="z")], gpu_memory_limit="1GiB", max_memory={0: "1GiB"}, lr_groups=[dict(name="a", modules=["b"], lr=1)],
@@ -160,7 +162,9 @@ def test_rule(name):
 def test_branch(fires, says): assert any(says in m for m in said(**fires)), said(**fires)
 
 
-NOTED = {"evaluations_need_data": (dict(evals_per_epoch=4), "no effect without", dict(evals_per_epoch=4, val_set_size=0.1)), "pushed_when_saved": (dict(hub_model_id="a/b", save_strategy="no"), "once, at the end", dict(hub_model_id="a/b")),
+NOTED = {"adapter_left_blank": (dict(adapter=None, lora_r=64, lora_target_linear=True), "`lora_r`, `lora_target_linear` say nothing", dict(adapter=None)),
+    "zeros": (dict(val_set_size=0.1, evals_per_epoch=0), "`evals_per_epoch: 0` switches evaluations off", dict(evals_per_epoch=0)),
+    "evaluations_need_data": (dict(evals_per_epoch=4), "no effect without", dict(evals_per_epoch=4, val_set_size=0.1)), "pushed_when_saved": (dict(hub_model_id="a/b", save_strategy="no"), "once, at the end", dict(hub_model_id="a/b")),
     "streams_have_no_epochs": (dict(streaming=True, max_steps=5, saves_per_epoch=2), "counts over the whole run", dict(saves_per_epoch=2)),
     "shuffled_anyway": (dict(shuffle_before_merging_datasets=True), "has no effect while", dict(shuffle_before_merging_datasets=True, shuffle_merged_datasets=False)),
     "plugins_say_nothing": (dict(plugins=["axolotl.integrations.liger.LigerPlugin"]), "work by themselves", {}), "kernels_of_today": (dict(unsloth_rope=True), "`liger_rope` does it today", dict(liger_rope=True)),
@@ -175,6 +179,38 @@ NOTED = {"evaluations_need_data": (dict(evals_per_epoch=4), "no effect without",
 def test_note(name):
     fires, says, sound = NOTED[name]
     assert any(says in m for m in said(NOTES, **fires)) and not said(NOTES, **sound)
+
+
+STREAM = dict(datasets=[], max_steps=5, pretraining_dataset=[dict(path="a")])
+
+
+@pytest.mark.parametrize("data", [STREAM, dict(streaming=True, max_steps=5)], ids=["pretraining_dataset", "streaming"])
+def test_either_name_of_the_buffer_serves_either_stream(data):
+    for k in ("pretrain_multipack_buffer_size", "streaming_multipack_buffer_size"):
+        assert buffer_size(load_config(BASE | data | {k: 77}))==77 and buffer_size(load_config(BASE | data | {k: None}))==10_000
+
+
+def test_an_adapter_left_blank_is_none():
+    with pytest.raises(ConfigError, match="`lora_r` has no effect without `adapter`"): load_config(BASE | dict(lora_r=64))
+    for k in ("lora_model_dir", "relora_steps"): # these ask for more than settings of an adapter
+        with pytest.raises(ConfigError, match=f"`{k}` has no effect without `adapter`"): load_config(BASE | {"adapter": None, k: 100 if k=="relora_steps" else "x"})
+    assert load_config(BASE | dict(adapter="", lora_r=None, lora_alpha=None)).notes==[]
+    assert ["blank" in n for n in load_config(BASE | dict(adapter="lora", lora_target_linear=True, lora_r=None)).notes]==[True]
+
+
+def test_zero_is_off():
+    data = BASE | dict(val_set_size=0.1)
+    for k in ("eval_steps", "evals_per_epoch"):
+        cfg = load_config(data | {k: 0})
+        assert strategy(cfg, "eval")=="no" and interval(cfg, "eval", 100, 300) is None
+        assert strategy(load_config(data | {k: 0, "eval_strategy": "epoch"}), "eval")=="epoch"
+        with pytest.raises(ConfigError, match="`early_stopping_patience` needs evaluations"): load_config(data | {k: 0, "early_stopping_patience": 2})
+    assert interval(load_config(data | dict(evals_per_epoch=0, eval_steps=7)), "eval", 100, 300)==7
+    for k in ("save_steps", "saves_per_epoch"):
+        cfg = load_config(BASE | {k: 0})
+        assert strategy(cfg, "save")=="epoch" and interval(cfg, "save", 100, 300)==100 and "after each epoch" in cfg.notes[0]
+    rates = [[schedule(load_config(BASE | dict(cosine_min_lr_ratio=0.1) | kw), 100)(s) for s in range(100)] for kw in ({}, dict(cosine_constant_lr_ratio=0), dict(cosine_constant_lr_ratio=0.5))]
+    assert rates[0]==rates[1]!=rates[2]
 
 
 def test_a_rule_points_at_the_key(tmp_path):

@@ -20,7 +20,7 @@ from pydantic import PrivateAttr, SecretStr, ValidationError
 from .derive import derived
 from .document import ConfigError, Document, Mark, Problem, UserError, did_you_mean, expand, nearest, not_set, one_slip, one_value, stays_text
 from .options import *
-from .options import ELSEWHERE, HARMLESS, MEANT, MOVED, NOT_YET, REFUSED, RENAMED, SYNONYMS, unserved
+from .options import ELSEWHERE, HARMLESS, MEANT, MOVED, NOT_YET, REFUSED, RENAMED, SPELLINGS, SYNONYMS, unserved
 from .remote import MAX_BYTES, fetch_text, is_url
 from .rules import NOTES, OFF, check_rules
 
@@ -142,7 +142,7 @@ def rename(self:_Passes):
             else: e[new] = e[old]
             del e[old]
             self.origin[path+(new,)] = path+(old,)
-            self.notes.append(Problem(f"`{old}` is called `{new}` here", path+(new,)))
+            if old not in SPELLINGS: self.notes.append(Problem(f"`{old}` is called `{new}` here", path+(new,)))
 
 @patch
 def moved(self:_Passes):
@@ -196,17 +196,26 @@ def booleans(self:_Passes):
 def _takes_null(f): return _takes(f.annotation, NoneType)
 
 @patch
+def idle(self:_Passes, e, k, path, group):
+    "An unknown key that is blank asks for nothing: it is dropped, and a note says so"
+    del e[k]
+    said = unknown_key(k, path, group)
+    self.notes.append(Problem(said+(" It" if said.endswith("?") else ": it")+" is blank, and asks for nothing", path+(k,)))
+
+@patch
 def blanks(self:_Passes):
     "Remove nulls that mean nothing, so that the default holds"
     for path,e,group in self.entries():
         for k in [k for k,v in e.items() if v is None or v==""]:
             f = group.model_fields.get(k)
+            if f is None and e[k] is None and isinstance(k, str): self.idle(e, k, path, group)
             if f is None or f.is_required(): continue
             if e[k]=="" and (_takes(f.annotation, str) and not _takes_null(f)): continue
             if _takes_null(f): e[k] = None
             else:
                 del e[k]
-                if f.default not in OFF: self.notes.append(Problem(f"`{dotted(path+(k,))}` is blank, so its default holds: {f.default}", path+(k,)))
+                no_adapter = k in LoraOptions.model_fields and self.values.get("adapter") in OFF
+                if f.default not in OFF and not no_adapter: self.notes.append(Problem(f"`{dotted(path+(k,))}` is blank, so its default holds: {f.default}", path+(k,)))
 
 # %% ../nbs/05_config.ipynb #f36ca61b
 def _wants(v, f): return v not in OFF and v!=f.default
@@ -219,6 +228,8 @@ def harmless(self:_Passes):
     for path,e,group in self.entries():
         for k in [k for k in e if _prefix(path)+k in HARMLESS and _wants(e[k], group.model_fields[k])]:
             self.notes.append(Problem(f"`{dotted(path+(k,))}` says nothing here: {HARMLESS[_prefix(path)+k]}", path+(k,)))
+        for k in [k for k,v in e.items() if not isinstance(v, bool) and f"{_prefix(path)}{k}={v}" in HARMLESS]:
+            self.notes.append(Problem(f"`{dotted(path+(k,))}: {e[k]}` says nothing here: {HARMLESS[f'{_prefix(path)}{k}={e.pop(k)}']}", path+(k,)))
 
 @patch
 def unsupported(self:_Passes):
@@ -246,6 +257,7 @@ def _shown(v): return s if len(s := repr(v))<60 else s[:57]+"…"
 def _expected(f, v, key):
     "What should have been given; for one of many values, the nearest"
     options = [o for o in _literals(f.annotation) if isinstance(o, str) and not unserved(f"{key}={o}")]
+    if key=="tokens" and isinstance(v, dict): return ", but should be a list of texts: special tokens with their names belong under `special_tokens`"
     if (word := f"{key}={v}".lower()) in MEANT: return f": here, that is {MEANT[word]}"
     near = did_you_mean(v, options) if isinstance(v, str) and options and v not in options else ""
     said = type_in_words(_served(f.annotation, key), f.metadata)

@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/rules.html.md"""
 
 # %% auto #0
 __all__ = ['RULES', 'NOTES', 'OFF', 'ONE_OF', 'NEEDS', 'SCHEDULE_READS', 'PLUGINS', 'rule', 'note', 'check_rules', 'asks',
-           'holds', 'in_yaml', 'optim_arguments']
+           'left_blank', 'never_evaluates', 'holds', 'in_yaml', 'optim_arguments']
 
 # %% ../nbs/02_rules.ipynb #de8f2bed
 import ast, os, re
@@ -50,6 +50,20 @@ def asks(
     v = getattr(cfg, key)
     return key in cfg.model_fields_set and v not in OFF and v!="auto"
 
+def left_blank(
+    cfg:AllOptions, # options
+    key:str, # a top-level key
+) -> bool: # whether it stands in the file with nothing behind it
+    "Whether a key is there and blank"
+    return key in cfg.model_fields_set and getattr(cfg, key) is None
+
+def never_evaluates(
+    cfg:AllOptions, # options
+) -> bool: # by `eval_strategy: no`, or by a zero
+    "Whether the config says that there are no evaluations, whatever there is to evaluate on"
+    often = (cfg.eval_steps,cfg.evals_per_epoch)
+    return cfg.eval_strategy=="no" or not cfg.eval_strategy and 0 in often and not any(often)
+
 def holds(
     cfg:AllOptions, # options
     condition:str, # `a`, `a|b`, `a=x`, `a=x,y` or `a!=x`
@@ -69,7 +83,7 @@ def in_yaml(
     return " or ".join(map(one, condition.split("|")))
 
 # %% ../nbs/02_rules.ipynb #75f7310f
-ONE_OF = ["batch_size gradient_accumulation_steps", "warmup_ratio warmup_steps", "saves_per_epoch save_steps", "evals_per_epoch eval_steps", "test_datasets val_set_size", "embedding_lr embedding_lr_scale",
+ONE_OF = ["batch_size gradient_accumulation_steps", "warmup_ratio warmup_steps", "saves_per_epoch save_steps", "evals_per_epoch eval_steps", "test_datasets val_set_size", "embedding_lr embedding_lr_scale", "pretrain_multipack_buffer_size streaming_multipack_buffer_size",
     "max_memory gpu_memory_limit", "unfrozen_parameters lisa_n_layers spectrum_top_fraction", "relora_steps jagged_restart_steps", "pose_split_on_token_ids pose_num_chunks", "deepspeed fsdp", "rl reward_model", "lr_groups loraplus_lr_ratio", "sample_packing batch_flattening", "datasets pretraining_dataset", "load_in_8bit load_in_4bit gptq",
     "cut_cross_entropy chunked_cross_entropy liger_cross_entropy liger_fused_linear_cross_entropy flash_attn_cross_entropy unsloth_cross_entropy_loss", "fp16 bfloat16 float16 float32 bf16",
     "attn_implementation flash_attention sdp_attention eager_attention flex_attention xformers_attention"]
@@ -87,7 +101,7 @@ NEEDS = {
     "loraplus_lr_ratio": "loraplus_lr_embedding", "adapter": f"{' '.join(_lora)} loraplus_lr_ratio relora relora_steps qlora_sharded_model_loading", "load_in_4bit|load_in_8bit": "bnb_config_kwargs", "load_in_4bit": "quantize_moe_experts", "gptq": "gptq_disable_exllama",
     "peft_layers_to_transform": "peft_layers_pattern", "relora|relora_steps": "relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload", "jagged_restart_steps": "jagged_restart_warmup_steps jagged_restart_anneal_steps",
     "lisa_n_layers": "lisa_step_interval lisa_layers_attribute", "sample_packing": "eval_sample_packing packing sample_packing_sequentially sample_packing_group_size sample_packing_bin_size", "sample_packing|batch_flattening|pretraining_sample_concatenation": "packing_check", "use_pose": "pose_split_on_token_ids pose_max_context_len pose_num_chunks",
-    "pretraining_dataset": "pretraining_sample_concatenation pretrain_multipack_buffer_size pretrain_multipack_attn", "streaming": "streaming_multipack_buffer_size", "torch_compile": "torch_compile_backend torch_compile_mode",
+    "pretraining_dataset": "pretraining_sample_concatenation pretrain_multipack_attn", "pretraining_dataset|streaming": "pretrain_multipack_buffer_size streaming_multipack_buffer_size", "torch_compile": "torch_compile_backend torch_compile_mode",
     "gradient_checkpointing": "gradient_checkpointing_kwargs activation_offloading", "chunked_cross_entropy": "chunked_cross_entropy_num_chunks",
     "fsdp|fsdp_config": "fsdp_version fsdp_final_state_dict_type", "rl": "rl_beta rl_adapter_ref_model max_prompt_len", "rl=dpo,ipo": "dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs", "rl=dpo": "rpo_alpha", "rl=orpo": "orpo_alpha",
     "rl=simpo": "simpo_gamma cpo_alpha", "rl=kto": "kto_desirable_weight kto_undesirable_weight", "loss_watchdog_threshold": "loss_watchdog_patience", "load_best_model_at_end|early_stopping_patience|save_strategy=best": "metric_for_best_model",
@@ -106,9 +120,23 @@ def _needs(cfg):
     for condition,keys in NEEDS.items():
         if holds(cfg, condition): continue
         for k in keys.split():
+            if k in _lora and left_blank(cfg, "adapter") and k!="lora_model_dir": continue
             if asks(cfg, k) and not (k=="eval_strategy" and cfg.eval_strategy=="no"): yield k, f"`{k}` has no effect without {in_yaml(condition)}"
 
 # %% ../nbs/02_rules.ipynb #e90644ab
+@note
+def _adapter_left_blank(cfg):
+    given = [f"`{k}`" for k in _lora if asks(cfg, k) and k!="lora_model_dir"]
+    if given and left_blank(cfg, "adapter"): yield "adapter", f"`adapter` is blank, so all weights are trained, and {', '.join(given)} say{'s'*(len(given)==1)} nothing"
+
+@note
+def _zeros(cfg):
+    data = cfg.val_set_size or cfg.test_datasets
+    for k in ("eval_steps","evals_per_epoch"):
+        if data and getattr(cfg, k)==0 and cfg.eval_strategy!="no" and never_evaluates(cfg): yield k, f"`{k}: 0` switches evaluations off, as `eval_strategy: no` would"
+    for k in ("save_steps","saves_per_epoch"):
+        if getattr(cfg, k)==0 and not (cfg.save_strategy or cfg.save_steps or cfg.saves_per_epoch): yield k, f"`{k}: 0` says nothing, so a checkpoint is written after each epoch: `save_strategy: no` writes none"
+
 @note
 def _evaluations_need_data(cfg):
     if asks(cfg, "evals_per_epoch") and not (cfg.test_datasets or cfg.val_set_size):
@@ -260,7 +288,7 @@ def _loaders_choose_nothing(cfg):
 @rule
 def _best_is_saved(cfg):
     key = "save_strategy" if cfg.save_strategy=="best" else "load_best_model_at_end" if cfg.load_best_model_at_end else None
-    if key and cfg.eval_strategy=="no": yield key, f"`{key}` needs evaluations: `eval_strategy: no` allows none"
+    if key and never_evaluates(cfg): yield key, f"`{key}` needs evaluations: `eval_strategy: no` allows none"
     if cfg.save_strategy=="best" and not (cfg.val_set_size or cfg.test_datasets): yield "save_strategy", "`save_strategy: best` needs evaluations: give `val_set_size` or `test_datasets`, or no checkpoint will ever be written"
     if cfg.load_best_model_at_end and cfg.save_strategy=="no": yield "load_best_model_at_end", "`load_best_model_at_end` goes back to a checkpoint, and `save_strategy: no` writes none: `save_strategy: best` writes only those"
     known = ("loss","eval_loss","perplexity","eval_perplexity")
@@ -270,12 +298,12 @@ def _best_is_saved(cfg):
 @rule
 def _samples_need_evaluations(cfg):
     for k in ("generate_samples","eval_table_size"):
-        if getattr(cfg, k) and cfg.eval_strategy=="no": yield k, f"`{k}` shows answers at each evaluation: `eval_strategy: no` allows none"
+        if getattr(cfg, k) and never_evaluates(cfg): yield k, f"`{k}` shows answers at each evaluation: `eval_strategy: no` allows none"
     if cfg.generate_samples and cfg.eval_table_size: yield "eval_table_size", "`generate_samples` and `eval_table_size` ask for the same: give one"
 
 @rule
 def _stopping_needs_evaluations(cfg):
-    if cfg.early_stopping_patience and cfg.eval_strategy=="no": yield "early_stopping_patience", "`early_stopping_patience` needs evaluations: `eval_strategy: no` allows none"
+    if cfg.early_stopping_patience and never_evaluates(cfg): yield "early_stopping_patience", "`early_stopping_patience` needs evaluations: `eval_strategy: no` allows none"
 
 # %% ../nbs/02_rules.ipynb #61882746
 @rule
@@ -417,7 +445,7 @@ def _arguments_of_the_schedule(cfg):
 @rule
 def _schedules_of_their_own(cfg):
     o,s = cfg.optimizer,cfg.lr_scheduler
-    if s in ("reduce_lr_on_plateau","greedy") and (cfg.eval_strategy=="no" or not (cfg.val_set_size or cfg.test_datasets)):
+    if s in ("reduce_lr_on_plateau","greedy") and (never_evaluates(cfg) or not (cfg.val_set_size or cfg.test_datasets)):
         yield "lr_scheduler", f"`lr_scheduler: {s}` follows the evaluations: it needs `val_set_size` or `test_datasets`"
     if not o.startswith("schedule_free"): return
     if asks(cfg, "lr_scheduler") and not s.startswith("constant"): yield "lr_scheduler", f"`optimizer: {o}` does without a schedule: write `lr_scheduler: constant`, or `constant_with_warmup`"
