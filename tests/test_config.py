@@ -74,6 +74,8 @@ def load(text, tmp_path, *overrides, **kw):
     ("max_seq_length: 5", 6, 1, "did you mean `sequence_len`"),
     ("scaling_softmax: true", 6, 1, "tuneforge does not serve it: it changes what attention computes"),
     ("tensor_parallel_size: 2", 6, 1, "known, but not supported yet"),
+    ("swanlab_project: x", 6, 1, "tuneforge does not serve it: use TensorBoard"),
+    ("kd_temperature: 2", 6, 1, "let the teacher write the answers"),
     ("attention: flash", 6, 1, "today it is `attn_implementation`"),
     ("tokens: {pad_token: x}", 6, 9, "special tokens with their names belong under `special_tokens`"),
     ("  - {path: x, kind: kto}", 5, 15, "unknown key `kind`"),
@@ -236,7 +238,7 @@ def test_old_names_are_accepted_with_a_note(tmp_path):
 
 def test_an_unknown_key_that_is_blank_is_a_note(tmp_path):
     cfg = load(GOOD.replace("type: alpaca", "tyype:")+"qqqz:\nsample_packing_seq_len_multiplier:\nlora_rr: ~\n", tmp_path)
-    assert [n.split(": ", 1)[1] for n in cfg.notes]==["unknown key `qqqz`: it is blank, and asks for nothing", "unknown key `sample_packing_seq_len_multiplier`, did you mean `sample_packing_sequentially`? It is blank, and asks for nothing",
+    assert [n.split(": ", 1)[1] for n in cfg.notes]==["unknown key `qqqz`; it is blank, and asks for nothing", "unknown key `sample_packing_seq_len_multiplier`, did you mean `sample_packing_sequentially`? It is blank, and asks for nothing",
         "unknown key `lora_rr`, did you mean `lora_r`? It is blank, and asks for nothing", "unknown key `tyype` under `datasets[0]`, did you mean `type`? It is blank, and asks for nothing"]
     assert cfg.notes[0].split(": ")[0].endswith("c.yml:6:1")
     assert len(problems(GOOD+"qqqz: ''\nlora_rr: 0\n", tmp_path))==2

@@ -132,13 +132,13 @@ ALSO = [ # further branches of the same rules
     (dict(metric_for_best_model="bleu", load_best_model_at_end=True, val_set_size=0.1), "is not measured in training"), (dict(greater_is_better=True, metric_for_best_model="loss", load_best_model_at_end=True, val_set_size=0.1), "less is better"),
     (dict(sample_packing=True, packing="fill", curriculum_sampling=True), "contradict each other"), (dict(sample_packing=True, curriculum_sampling=True, sample_packing_group_size=9), "no effect with `curriculum_sampling`"),
     (dict(dataloader_prefetch_factor=3), "no effect without `dataloader_num_workers`"), (dict(dataloader_num_workers=2, max_steps=5, pretraining_dataset=[dict(path="x")]), "a stream is read by"),
-    (dict(flash_attention=True, xformers_attention=True), "give only one of `flash_attention`, `xformers_attention`"), (dict(attn_implementation="xformers", xformers_attention=True), "give only one of"), (dict(sample_packing=True, group_by_length=True), "all of one length"), (dict(group_by_length=True, curriculum_sampling=True), "contradict"),
+    (dict(flash_attention=True, xformers_attention=True), "give only one of `flash_attention`, `xformers_attention`"), (dict(attn_implementation="xformers", xformers_attention=True), "give only one of"), (dict(group_by_length=True, curriculum_sampling=True), "contradict"),
     (dict(sample_packing=True, sample_packing_sequentially=True, sample_packing_group_size=9), "no gap is closed"), (dict(sample_packing=True, packing="tight", sample_packing_group_size=9), "all samples"), (dict(eval_table_size=2, generate_samples=True, val_set_size=0.1), "ask for the same"),
-    (dict(adapter="qlora", lora_target_linear=True), "needs `load_in_4bit: true`"), (dict(adapter="lora", lora_target_linear=True, unfrozen_parameters=["a"]), "trains weights of the base"),
+    (dict(adapter="qlora", lora_target_linear=True), "needs `load_in_4bit: true`"), (dict(adapter="lora", lora_target_linear=True, unfrozen_parameters=["a"]), "remove it, the adapter freezes the base"), (dict(bfloat16=True, bf16=True, fp16=True), "give only one of `fp16`, `bfloat16`"),
     (dict(adapter="lora", lora_target_parameters=["e"], lora_dropout=0.1), "allows no `lora_dropout`"),
     (dict(gptq=True), "needs an adapter"), (dict(adapter="qlora", load_in_4bit=True, lora_target_parameters=["e"]), "add `quantize_moe_experts: false`"), (dict(adapter="lora", lora_target_linear=True, relora_steps=12, lr_scheduler="one_cycle"), "cannot be restarted"),
     *[(dict(adapter="lora", lora_target_linear=True, relora_steps=12) | kw, m) for kw, m in ((dict(peft_use_dora=True), "magnitudes belong to the old one"), (dict(peft_layer_replication=[[0, 2]]), "shares between copies"),
-        (dict(lora_target_parameters=["e"]), "merges linear layers"), (dict(peft_init_lora_weights="pissa"), "begins each adapter with no effect"), (dict(optimizer="adamw_bnb_8bit"), "keeps no number for each weight"), (dict(optimizer="schedule_free_adamw", lr_scheduler="constant"), "remembers the old adapter"), (dict(relora_anneal_steps=2), "take 12 steps"),
+        (dict(lora_target_parameters=["e"]), "merges linear layers"), (dict(peft_init_lora_weights="pissa"), "begins each adapter with no effect"), (dict(optimizer="adamw_bnb_8bit", relora_prune_method="magnitude"), "write `relora_prune_method: reset`"), (dict(optimizer="adamw_bnb_8bit", relora_prune_ratio=0.5), "`relora_prune_method: reset`, without `relora_prune_ratio`"), (dict(optimizer="schedule_free_adamw", lr_scheduler="constant"), "remembers the old adapter"), (dict(relora_anneal_steps=2), "take 12 steps"),
         (dict(relora_prune_method="reset", relora_prune_ratio=0.5), "no effect with `relora_prune_method: reset`"), (dict(relora_steps=None, relora=True), "needs `relora_steps`"))],
     *[(dict(adapter="lora", lora_target_linear=True) | kw, m) for kw, m in ((dict(peft_init_lora_weights="eva"), "looks at data"), (dict(peft_init_lora_weights="loftq"), "needs its settings"),
         (dict(peft_init_lora_weights="pissa", peft=dict(loftq_config={})), "both say how"), (dict(load_in_4bit=True, peft=dict(loftq_config={})), "quantises the base itself"),
@@ -163,6 +163,9 @@ def test_branch(fires, says): assert any(says in m for m in said(**fires)), said
 
 
 NOTED = {"adapter_left_blank": (dict(adapter=None, lora_r=64, lora_target_linear=True), "`lora_r`, `lora_target_linear` say nothing", dict(adapter=None)),
+    "bfloat16_twice": (dict(bfloat16=True, bf16=True), "`bf16` says nothing beside `bfloat16: true`", dict(bfloat16=True)),
+    "experts_in_8_bits": (dict(load_in_8bit=True, adapter="lora", lora_target_linear=True, quantize_moe_experts=True), "experts that are kept in one tensor stay whole", dict(load_in_4bit=True, adapter="qlora", lora_target_linear=True, quantize_moe_experts=True)),
+    "packed_rows_are_alike": (dict(sample_packing=True, group_by_length=True), "fills rows whatever their order", dict(group_by_length=True)),
     "zeros": (dict(val_set_size=0.1, evals_per_epoch=0), "`evals_per_epoch: 0` switches evaluations off", dict(evals_per_epoch=0)),
     "evaluations_need_data": (dict(evals_per_epoch=4), "no effect without", dict(evals_per_epoch=4, val_set_size=0.1)), "pushed_when_saved": (dict(hub_model_id="a/b", save_strategy="no"), "once, at the end", dict(hub_model_id="a/b")),
     "streams_have_no_epochs": (dict(streaming=True, max_steps=5, saves_per_epoch=2), "counts over the whole run", dict(saves_per_epoch=2)),
@@ -196,6 +199,16 @@ def test_an_adapter_left_blank_is_none():
         with pytest.raises(ConfigError, match=f"`{k}` has no effect without `adapter`"): load_config(BASE | {"adapter": None, k: 100 if k=="relora_steps" else "x"})
     assert load_config(BASE | dict(adapter="", lora_r=None, lora_alpha=None)).notes==[]
     assert ["blank" in n for n in load_config(BASE | dict(adapter="lora", lora_target_linear=True, lora_r=None)).notes]==[True]
+
+
+def test_relora_forgets_what_can_be_forgotten():
+    relora = BASE | dict(adapter="lora", lora_target_linear=True, relora_steps=100)
+    for blank in ({}, dict(relora_prune_method=None)):
+        cfg = load_config(relora | dict(optimizer="adamw_bnb_8bit") | blank)
+        assert cfg.relora_prune_method=="reset" and cfg.where("relora_prune_method")=="derived: from `optimizer: adamw_bnb_8bit`"
+        assert len(cfg.notes)==1 and "cannot be forgotten" in cfg.notes[0]
+        assert cfg.replace(optimizer="adamw_torch").relora_prune_method=="magnitude"
+    assert load_config(relora).relora_prune_method==load_config(BASE | dict(optimizer="adamw_bnb_8bit")).relora_prune_method=="magnitude"
 
 
 def test_zero_is_off():

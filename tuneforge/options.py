@@ -471,7 +471,7 @@ class PackingOptions(Options):
     pretraining_sample_concatenation:bool|None = _opt(None, "join the texts of `pretraining_dataset`, and cut the joined text into rows of exactly `sequence_len`; packing cuts fewer texts")
     pretrain_multipack_attn:bool = _opt(True, "keep the texts in a row of `pretraining_dataset` from seeing each other")
     curriculum_sampling:bool = _opt(False, "train in the order of the data, in every epoch; packed rows are closed at the first sample that does not fit (`sample_packing_sequentially`)")
-    group_by_length:bool = _opt(False, "put samples of like length into a step, so that there is less padding; not with `sample_packing`")
+    group_by_length:bool = _opt(False, "put samples of like length into a step, so that there is less padding; packed rows (`sample_packing`) have none")
     batch_flattening:bool|Literal["auto"]|None = _opt(None, "join the samples of a batch into one row without padding, isolated from each other; `auto`: with FlashAttention")
     pad_to_sequence_len:bool|None = _opt(None, "pad every batch to `sequence_len`; blank: only with `sample_packing`")
     pad_to_multiple_of:int|None = _opt(None, "pad every batch to a multiple of this", gt=0)
@@ -883,15 +883,16 @@ HARMLESS = _table({
 ELSEWHERE = _table({
     "trl": "GRPO and its relatives are not trained here",
     "vllm": "tuneforge does not serve models",
-    "ray use_ray": "tuneforge starts its processes with accelerate or torchrun",
+    "ray use_ray ray_run_name ray_num_workers resources_per_worker": "tuneforge starts its processes with accelerate or torchrun",
     "qat": "quantisation-aware training is not trained here",
     "quantization": "weights are quantised by the tools that serve them",
     "ebft": "it is not trained here",
-    "use_otel_metrics": "metrics go to files and trackers",
-    "use_trackio": "use TensorBoard, W&B, MLflow or Comet",
+    "use_otel_metrics otel_metrics_host otel_metrics_port": "metrics go to files and trackers",
+    "use_trackio trackio_project_name trackio_run_name trackio_space_id use_swanlab swanlab_project swanlab_experiment_name swanlab_description swanlab_mode swanlab_workspace swanlab_api_key swanlab_log_model swanlab_web_host swanlab_api_host "
+        "swanlab_lark_webhook_url swanlab_lark_secret swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer": "use TensorBoard, W&B, MLflow or Comet",
     "trainer_cls": "tuneforge has one trainer, which callbacks extend",
-    "process_reward_model": "process reward models are not trained here",
-    "lm_eval_tasks": "evaluate the merged model with lm-evaluation-harness",
+    "process_reward_model num_labels": "process reward models and classifiers are not trained here",
+    "lm_eval_tasks lm_eval_batch_size lm_eval_post_train lm_eval_model": "evaluate the merged model with lm-evaluation-harness",
     "fp8 fp8_config fp8_enable_fsdp_float8_all_gather": "matrix products in 8-bit floats give other numbers, and are not built: `bf16: true` is the nearest",
     "scaling_softmax scaling_softmax_factor scaling_softmax_bias": "it changes what attention computes, so the model would need it wherever it answers, and transformers has no such thing",
     "sage_attention": "it attends in 8 bits, which gives other numbers: use `flash_attention: true`",
@@ -900,8 +901,43 @@ ELSEWHERE = _table({
     "flex_attn_compile_kwargs": "transformers compiles FlexAttention itself and takes no arguments for it",
     "flash_attn_fuse_qkv": "it rewrote the attention of Llama to one product for query, key and value; the model is left as it is, and the result is the same",
     "unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o": "Unsloth's kernels rewrite the layers of a few architectures while they run; the adapter is PEFT's here, and the result is the same",
-    "low_cpu_mem llmcompressor": "remove it"})
+    "low_cpu_mem": "remove it: weights are always read without a second copy",
+    "llmcompressor": "a model is made sparse by the tools that serve it"})
 "Keys of Axolotl's that stand for things that tuneforge does not do"
+
+# %% ../nbs/01_options.ipynb #5d0b7a11
+ELSEWHERE |= _table({
+    "kd_trainer kd_ce_alpha kd_alpha kd_temperature kd_temperature_min kd_beta kd_normalize_topk kd_online_server kd_online_server_base_url kd_online_topk kd_online_timeout "
+        "gkd_trainer gkd_teacher gkd_lmbda gkd_beta gkd_temperature gkd_max_new_tokens gkd_seq_kd": "models are not distilled here: let the teacher write the answers, and train on them",
+    "use_eaft eaft_alpha eaft_k use_dft liger_use_token_scaling": "every trained token counts alike: no other loss is built",
+    "grokfast_alpha grokfast_lamb": "gradients go to the optimizer as they are: `optimizer: grokadamw` is the nearest",
+    "diffusion": "models that write from left to right are trained here, and no others",
+    "dpo_loss_type dpo_loss_weights dpo_use_liger_kernel dpo_padding_free dpo_norm_loss dpo_use_logits_to_keep dpo_generate_during_eval center_rewards_coefficient": "preferences are not trained yet: train on the chosen answers, without `rl`",
+    "nemo_gym_enabled nemo_gym_dir nemo_gym_auto_clone nemo_gym_config_paths nemo_gym_head_port nemo_gym_server_timeout nemo_gym_verify_timeout nemo_gym_run_timeout nemo_gym_datasets nemo_gym_auto_start "
+        "nemo_gym_model_name nemo_gym_multi_turn nemo_gym_max_turns hatchery": "GRPO and its relatives are not trained here",
+    "dion_lr dion_momentum dion_rank_fraction dion_rank_multiple_of": "Dion is not built: `optimizer: muon` is the nearest",
+    "qgalore_rank qgalore_update_proj_gap qgalore_scale qgalore_proj_type qgalore_proj_quant qgalore_proj_bits qgalore_proj_group_size qgalore_cos_threshold qgalore_gamma_proj qgalore_queue_size": "Q-GaLore is not built: `optimizer: galore_adamw_8bit` with `optim_target_modules` is the nearest"})
+
+# %% ../nbs/01_options.ipynb #5d0b7a14
+ELSEWHERE |= _table({
+    "image_size image_resize_algorithm processor_kwargs freeze_mm_modules role_boundaries": "it is for images and sound, and tuneforge trains on text: remove it",
+    "reinit_weights": "train a random model as `base_model: tiny:…`, or save one with transformers",
+    "shrink_embeddings": "embeddings only grow: remove it, spare rows cost memory alone",
+    "embeddings_skip_upcast peft_autocast_adapter_dtype": "precision follows from `bf16`, `bfloat16`, `float16` and `float32`: remove it",
+    "tokenizer_use_mistral_common": "mistral-common does not say which characters a token stands for: remove it, and the model's own tokenizer of transformers is used",
+    "tokenizer_save_jinja_files": "transformers decides in which file a chat template is saved: remove it",
+    "experts_implementation expert_backend moe_grouped_backend moe_dequant_chunk_size moe_bnb_fast use_scattermoe use_sonicmoe moe_kernels moe_group_size moe_persistent_kernel llama4_linearized_experts": "experts are computed by transformers' own code: remove it",
+    "dense_mixer mora": "it trains another model or adapter than transformers and PEFT know: remove it",
+    "expert_parallel_size expert_parallel_backend expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes expert_parallel_token_capacity expert_parallel_fallback_on_unsupported "
+        "heads_k_stride ring_attn_func deepcompile fp32_norms fp32_norm_classes": "devices share no model yet: remove it, `torchrun` gives each a copy",
+    "large_head_attention flash_attn_d512 gemma4_hybrid_attn_impl": "one backend attends in all layers: choose it with `attn_implementation`",
+    "selective_checkpointing": "checkpointing is done by whole layers: `gradient_checkpointing_kwargs: {every_n_layers: 2}` leaves some out",
+    "layer_offloading ple_cpu_offload": "weights stay where they are while they are trained: `gradient_checkpointing: offload` moves activations, and `load_in_4bit` makes weights small",
+    "torch_compile_options": "choose `torch_compile_mode` instead",
+    "dynamic_checkpoint": "a signal (SIGTERM, SIGINT) already saves a checkpoint: remove it",
+    "num_dataset_shards_to_save": "nothing depends on the number of files of prepared data: remove it",
+    "model_quantization_config model_quantization_config_kwargs use_onebitllms nonexpert_quantization nvfp4_merge_aware nvfp4_merge_aware_start_step": "of quantised bases, 4 and 8 bits of bitsandbytes, GPTQ and AWQ are trained on: `load_in_4bit: true` makes one of a whole model",
+    "liger_rms_norm_gated liger_kernel_impl": "it is not built, and the result is the same without: remove it"})
 
 # %% ../nbs/01_options.ipynb #7186915a
 SYNONYMS = {other: key for key,others in dict(

@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/rules.html.md"""
 
 # %% auto #0
 __all__ = ['RULES', 'NOTES', 'OFF', 'ONE_OF', 'NEEDS', 'SCHEDULE_READS', 'PLUGINS', 'rule', 'note', 'check_rules', 'asks',
-           'left_blank', 'never_evaluates', 'holds', 'in_yaml', 'optim_arguments']
+           'left_blank', 'never_evaluates', 'holds', 'in_yaml', 'optim_arguments', 'packs_state']
 
 # %% ../nbs/02_rules.ipynb #de8f2bed
 import ast, os, re
@@ -92,13 +92,13 @@ ONE_OF = ["batch_size gradient_accumulation_steps", "warmup_ratio warmup_steps",
 @rule
 def _one_of(cfg):
     for keys in ONE_OF:
-        on = [k for k in keys.split() if asks(cfg, k)]
+        on = [k for k in keys.split() if asks(cfg, k) and not (k=="bf16" and cfg.bfloat16)]
         if len(on)>1: yield on[-1], f"give only one of {', '.join(f'`{k}`' for k in on)}"
 
 # %% ../nbs/02_rules.ipynb #8b538f10
 _lora = [k for k in LoraOptions.model_fields if k!="adapter"]
 NEEDS = {
-    "loraplus_lr_ratio": "loraplus_lr_embedding", "adapter": f"{' '.join(_lora)} loraplus_lr_ratio relora relora_steps qlora_sharded_model_loading", "load_in_4bit|load_in_8bit": "bnb_config_kwargs", "load_in_4bit": "quantize_moe_experts", "gptq": "gptq_disable_exllama",
+    "loraplus_lr_ratio": "loraplus_lr_embedding", "adapter": f"{' '.join(_lora)} loraplus_lr_ratio relora relora_steps qlora_sharded_model_loading", "load_in_4bit|load_in_8bit": "bnb_config_kwargs quantize_moe_experts", "gptq": "gptq_disable_exllama",
     "peft_layers_to_transform": "peft_layers_pattern", "relora|relora_steps": "relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload", "jagged_restart_steps": "jagged_restart_warmup_steps jagged_restart_anneal_steps",
     "lisa_n_layers": "lisa_step_interval lisa_layers_attribute", "sample_packing": "eval_sample_packing packing sample_packing_sequentially sample_packing_group_size sample_packing_bin_size", "sample_packing|batch_flattening|pretraining_sample_concatenation": "packing_check", "use_pose": "pose_split_on_token_ids pose_max_context_len pose_num_chunks",
     "pretraining_dataset": "pretraining_sample_concatenation pretrain_multipack_attn", "pretraining_dataset|streaming": "pretrain_multipack_buffer_size streaming_multipack_buffer_size", "torch_compile": "torch_compile_backend torch_compile_mode",
@@ -320,8 +320,7 @@ def _order_is_one(cfg):
     for k in ("sample_packing_sequentially","curriculum_sampling"):
         if asks(cfg, k) and asks(cfg, "sample_packing_group_size"): yield "sample_packing_group_size", f"`sample_packing_group_size` has no effect with `{k}`: no gap is closed"
     if cfg.sample_packing and cfg.curriculum_sampling and cfg.packing=="fill" and "packing" in cfg.model_fields_set: yield "packing", off("packing: fill", "curriculum_sampling")+"one keeps the order, the other closes gaps with later samples"
-    if cfg.group_by_length and cfg.sample_packing: yield "group_by_length", "`group_by_length` has no effect with `sample_packing`: packed rows are all of one length"
-    if cfg.group_by_length and cfg.curriculum_sampling: yield "group_by_length", off("curriculum_sampling", "group_by_length")+"one keeps the order of the data, the other sorts"
+    if cfg.group_by_length and cfg.curriculum_sampling and not cfg.sample_packing: yield "group_by_length", off("curriculum_sampling", "group_by_length")+"one keeps the order of the data, the other sorts"
 
 @rule
 def _answers_need_whole_rows(cfg):
@@ -334,6 +333,10 @@ def _comet_is_another_model(cfg):
 @rule
 def _flattening_fills_rows(cfg):
     if cfg.batch_flattening and cfg.pad_to_sequence_len: yield "pad_to_sequence_len", "`pad_to_sequence_len` undoes `batch_flattening`, which is there to do without padding"
+
+@note
+def _packed_rows_are_alike(cfg):
+    if cfg.group_by_length and cfg.sample_packing: yield "group_by_length", "`group_by_length` has no effect with `sample_packing`, which fills rows whatever their order"
 
 @note
 def _flattening_one_row(cfg):
@@ -353,6 +356,14 @@ def _adapter_has_targets(cfg):
         yield "adapter", "say what to adapt: `lora_target_linear: true`, or `lora_target_modules`"
 
 @note
+def _bfloat16_twice(cfg):
+    if cfg.bfloat16 and asks(cfg, "bf16"): yield "bf16", f"`bf16` says nothing beside `bfloat16: true`, which keeps the weights in bfloat16, too"
+
+@note
+def _experts_in_8_bits(cfg):
+    if cfg.load_in_8bit and cfg.quantize_moe_experts: yield "quantize_moe_experts", "`quantize_moe_experts` has no effect with `load_in_8bit`: experts that are kept in one tensor stay whole, and `load_in_4bit` quantises them"
+
+@note
 def _targets_beside_all(cfg):
     if cfg.lora_target_linear and cfg.lora_target_modules: yield "lora_target_modules", "`lora_target_modules` narrows nothing beside `lora_target_linear: true`: every linear layer is adapted, and these too"
 
@@ -368,7 +379,7 @@ def _targets_are_a_pattern(cfg):
 def _adapter_gets_along(cfg):
     if not cfg.adapter: return
     for k in ("unfrozen_parameters","lisa_n_layers","spectrum_top_fraction"):
-        if getattr(cfg, k): yield k, f"`{k}` trains weights of the base, and an adapter neither changes nor saves them: name layers to train in full under `lora_modules_to_save`"
+        if getattr(cfg, k): yield k, f"`{k}` trains weights of the base: remove it, the adapter freezes the base"
     if cfg.lora_target_parameters and cfg.lora_dropout: yield "lora_dropout", "`lora_target_parameters` allows no `lora_dropout`"
 
 # %% ../nbs/02_rules.ipynb #b0a1f702
@@ -494,6 +505,13 @@ def _positions_are_skipped(cfg):
         if getattr(cfg, k): yield k, f"`use_pose` gives a row its own positions, and `{k}` uses positions to tell samples apart: remove one of them"
 
 # %% ../nbs/02_rules.ipynb #18a14c69
+def packs_state(
+    optimizer:str, # its name
+) -> bool: # whether it keeps less than a number for each weight
+    "Whether no part of an optimizer's state can be forgotten"
+    own = any(o in optimizer for o in ("schedule_free","grokadamw","lomo","layerwise","muon"))
+    return not own and any(o in optimizer for o in ("8bit","4bit","fp8","adafactor","came","ademamix","galore","apollo"))
+
 @rule
 def _restarts_get_along(cfg):
     if not (cfg.relora or cfg.relora_steps): return
@@ -506,8 +524,7 @@ def _restarts_get_along(cfg):
     if cfg.peft_init_lora_weights not in (None,True,"gaussian"): yield "peft_init_lora_weights", "ReLoRA begins each adapter with no effect: remove `peft_init_lora_weights`, or say `gaussian`"
     own = any(o in cfg.optimizer for o in ("schedule_free","grokadamw","lomo","layerwise","muon"))
     if own: yield "optimizer", f"`optimizer: {cfg.optimizer}` remembers the old adapter where ReLoRA cannot reach it: use `adamw_torch_fused`"
-    packed = any(o in cfg.optimizer for o in ("8bit","4bit","fp8","adafactor","came","ademamix","galore","apollo"))
-    if packed and not own and cfg.relora_prune_method!="reset": yield "optimizer", f"`optimizer: {cfg.optimizer}` keeps no number for each weight, so a part of it cannot be forgotten: add `relora_prune_method: reset`"
+    if packs_state(cfg.optimizer) and cfg.relora_prune_method!="reset": yield "optimizer", f"`optimizer: {cfg.optimizer}` keeps no number for each weight, so a part of it cannot be forgotten: write `relora_prune_method: reset`"+", without `relora_prune_ratio`"*asks(cfg, "relora_prune_ratio")
     if cfg.relora_prune_method=="reset" and asks(cfg, "relora_prune_ratio"): yield "relora_prune_ratio", "`relora_prune_ratio` has no effect with `relora_prune_method: reset`"
 
 @rule
