@@ -197,6 +197,8 @@ def test_an_adapter_left_blank_is_none():
     with pytest.raises(ConfigError, match="`lora_r` has no effect without `adapter`"): load_config(BASE | dict(lora_r=64))
     for k in ("lora_model_dir", "relora_steps"): # these ask for more than settings of an adapter
         with pytest.raises(ConfigError, match=f"`{k}` has no effect without `adapter`"): load_config(BASE | {"adapter": None, k: 100 if k=="relora_steps" else "x"})
+    cfg = load_config(BASE | dict(adapter=None, lora_target_modules="q_proj, v_proj", lora_target_linear=True, peft_use_dora=True, peft_init_lora_weights="pissa"))
+    assert len(cfg.notes)==1 and "all weights are trained" in cfg.notes[0]
     assert load_config(BASE | dict(adapter="", lora_r=None, lora_alpha=None)).notes==[]
     assert ["blank" in n for n in load_config(BASE | dict(adapter="lora", lora_target_linear=True, lora_r=None)).notes]==[True]
 
@@ -217,7 +219,7 @@ def test_zero_is_off():
         cfg = load_config(data | {k: 0})
         assert strategy(cfg, "eval")=="no" and interval(cfg, "eval", 100, 300) is None
         assert strategy(load_config(data | {k: 0, "eval_strategy": "epoch"}), "eval")=="epoch"
-        with pytest.raises(ConfigError, match="`early_stopping_patience` needs evaluations"): load_config(data | {k: 0, "early_stopping_patience": 2})
+        with pytest.raises(ConfigError, match=f"`early_stopping_patience` needs evaluations: `{k}: 0` allows none"): load_config(data | {k: 0, "early_stopping_patience": 2})
     assert interval(load_config(data | dict(evals_per_epoch=0, eval_steps=7)), "eval", 100, 300)==7
     for k in ("save_steps", "saves_per_epoch"):
         cfg = load_config(BASE | {k: 0})

@@ -59,10 +59,11 @@ def left_blank(
 
 def never_evaluates(
     cfg:AllOptions, # options
-) -> bool: # by `eval_strategy: no`, or by a zero
-    "Whether the config says that there are no evaluations, whatever there is to evaluate on"
-    often = (cfg.eval_steps,cfg.evals_per_epoch)
-    return cfg.eval_strategy=="no" or not cfg.eval_strategy and 0 in often and not any(often)
+) -> str|None: # what says so: `eval_strategy: no`, or a zero
+    "Whether the config allows no evaluations, whatever there is to evaluate on"
+    if cfg.eval_strategy: return "eval_strategy: no" if cfg.eval_strategy=="no" else None
+    if cfg.eval_steps or cfg.evals_per_epoch: return None
+    return next((f"{k}: 0" for k in ("eval_steps","evals_per_epoch") if getattr(cfg, k)==0), None)
 
 def holds(
     cfg:AllOptions, # options
@@ -132,8 +133,8 @@ def _adapter_left_blank(cfg):
 @note
 def _zeros(cfg):
     data = cfg.val_set_size or cfg.test_datasets
-    for k in ("eval_steps","evals_per_epoch"):
-        if data and getattr(cfg, k)==0 and cfg.eval_strategy!="no" and never_evaluates(cfg): yield k, f"`{k}: 0` switches evaluations off, as `eval_strategy: no` would"
+    off = never_evaluates(cfg)
+    if data and off and off.endswith(" 0"): yield off.split(":")[0], f"`{off}` switches evaluations off, as `eval_strategy: no` would"
     for k in ("save_steps","saves_per_epoch"):
         if getattr(cfg, k)==0 and not (cfg.save_strategy or cfg.save_steps or cfg.saves_per_epoch): yield k, f"`{k}: 0` says nothing, so a checkpoint is written after each epoch: `save_strategy: no` writes none"
 
@@ -288,7 +289,7 @@ def _loaders_choose_nothing(cfg):
 @rule
 def _best_is_saved(cfg):
     key = "save_strategy" if cfg.save_strategy=="best" else "load_best_model_at_end" if cfg.load_best_model_at_end else None
-    if key and never_evaluates(cfg): yield key, f"`{key}` needs evaluations: `eval_strategy: no` allows none"
+    if key and (off := never_evaluates(cfg)): yield key, f"`{key}` needs evaluations: `{off}` allows none"
     if cfg.save_strategy=="best" and not (cfg.val_set_size or cfg.test_datasets): yield "save_strategy", "`save_strategy: best` needs evaluations: give `val_set_size` or `test_datasets`, or no checkpoint will ever be written"
     if cfg.load_best_model_at_end and cfg.save_strategy=="no": yield "load_best_model_at_end", "`load_best_model_at_end` goes back to a checkpoint, and `save_strategy: no` writes none: `save_strategy: best` writes only those"
     known = ("loss","eval_loss","perplexity","eval_perplexity")
@@ -298,12 +299,12 @@ def _best_is_saved(cfg):
 @rule
 def _samples_need_evaluations(cfg):
     for k in ("generate_samples","eval_table_size"):
-        if getattr(cfg, k) and never_evaluates(cfg): yield k, f"`{k}` shows answers at each evaluation: `eval_strategy: no` allows none"
+        if getattr(cfg, k) and (off := never_evaluates(cfg)): yield k, f"`{k}` shows answers at each evaluation: `{off}` allows none"
     if cfg.generate_samples and cfg.eval_table_size: yield "eval_table_size", "`generate_samples` and `eval_table_size` ask for the same: give one"
 
 @rule
 def _stopping_needs_evaluations(cfg):
-    if cfg.early_stopping_patience and never_evaluates(cfg): yield "early_stopping_patience", "`early_stopping_patience` needs evaluations: `eval_strategy: no` allows none"
+    if cfg.early_stopping_patience and (off := never_evaluates(cfg)): yield "early_stopping_patience", f"`early_stopping_patience` needs evaluations: `{off}` allows none"
 
 # %% ../nbs/02_rules.ipynb #61882746
 @rule
@@ -365,11 +366,11 @@ def _experts_in_8_bits(cfg):
 
 @note
 def _targets_beside_all(cfg):
-    if cfg.lora_target_linear and cfg.lora_target_modules: yield "lora_target_modules", "`lora_target_modules` narrows nothing beside `lora_target_linear: true`: every linear layer is adapted, and these too"
+    if cfg.adapter and cfg.lora_target_linear and cfg.lora_target_modules: yield "lora_target_modules", "`lora_target_modules` narrows nothing beside `lora_target_linear: true`: every linear layer is adapted, and these too"
 
 @rule
 def _targets_are_a_pattern(cfg):
-    if not isinstance(cfg.lora_target_modules, str): return
+    if not isinstance(cfg.lora_target_modules, str) or left_blank(cfg, "adapter"): return
     if len(names := re.split(r"[,\s]+", cfg.lora_target_modules.strip()))>1 and all(re.fullmatch(r"[\w.]+", n) for n in names):
         yield "lora_target_modules", f"several names are a list: write [{', '.join(names)}]"
     try: re.compile(cfg.lora_target_modules)
@@ -475,6 +476,7 @@ def _teeth_have_room(cfg):
 # %% ../nbs/02_rules.ipynb #18a14c65
 @rule
 def _adapter_begins(cfg):
+    if left_blank(cfg, "adapter"): return # its settings say nothing
     init = cfg.peft_init_lora_weights
     quantised = next((k for k in ("load_in_4bit","load_in_8bit","gptq") if getattr(cfg, k)), None)
     if init in ("eva","corda","lora_ga"): yield "peft_init_lora_weights", f"`{init}` looks at data before it begins, which tuneforge does not do: use `pissa` or `olora`, which look at the weights"
