@@ -72,7 +72,12 @@ def load(text, tmp_path, *overrides, **kw):
     ("val_set_size: 1.5", 6, 1, "neither a fraction nor a number of rows"),
     ("adapter: lora\nlora_target_modules: q_proj, v_proj", 7, 1, "write [q_proj, v_proj]"),
     ("max_seq_length: 5", 6, 1, "did you mean `sequence_len`"),
-    ("lora_mlp_kernel: true", 6, 1, "tuneforge does not serve it"),
+    ("scaling_softmax: true", 6, 1, "tuneforge does not serve it: it changes what attention computes"),
+    ("tensor_parallel_size: 2", 6, 1, "known, but not supported yet"),
+    ("swanlab_project: x", 6, 1, "tuneforge does not serve it: use TensorBoard"),
+    ("kd_temperature: 2", 6, 1, "let the teacher write the answers"),
+    ("attention: flash", 6, 1, "today it is `attn_implementation`"),
+    ("tokens: {pad_token: x}", 6, 9, "special tokens with their names belong under `special_tokens`"),
     ("  - {path: x, kind: kto}", 5, 15, "unknown key `kind`"),
 ])
 def test_problem_has_its_place(line, line_no, column, says, tmp_path):
@@ -228,7 +233,22 @@ def test_null_is_not_absent(tmp_path):
 def test_old_names_are_accepted_with_a_note(tmp_path):
     cfg = load(GOOD.replace("type: alpaca", "train_on_split: test")+"evaluation_strategy: steps\neval_steps: 5\nval_set_size: 0.1\nmodel_type: LlamaForCausalLM\n", tmp_path)
     assert (cfg.eval_strategy, cfg.type_of_model, cfg.datasets[0].split)==("steps", "LlamaForCausalLM", "test")
-    assert len(cfg.notes)==3 and any("`evaluation_strategy` is called `eval_strategy`" in n for n in cfg.notes) and cfg.where("eval_strategy").endswith("c.yml:6")
+    assert len(cfg.notes)==2 and any("`evaluation_strategy` is called `eval_strategy`" in n for n in cfg.notes) and cfg.where("eval_strategy").endswith("c.yml:6")
+
+
+def test_an_unknown_key_that_is_blank_is_a_note(tmp_path):
+    cfg = load(GOOD.replace("type: alpaca", "tyype:")+"qqqz:\nsample_packing_seq_len_multiplier:\nlora_rr: ~\n", tmp_path)
+    assert [n.split(": ", 1)[1] for n in cfg.notes]==["unknown key `qqqz`; it is blank, and asks for nothing", "unknown key `sample_packing_seq_len_multiplier`, did you mean `sample_packing_sequentially`? It is blank, and asks for nothing",
+        "unknown key `lora_rr`, did you mean `lora_r`? It is blank, and asks for nothing", "unknown key `tyype` under `datasets[0]`, did you mean `type`? It is blank, and asks for nothing"]
+    assert cfg.notes[0].split(": ")[0].endswith("c.yml:6:1")
+    assert len(problems(GOOD+"qqqz: ''\nlora_rr: 0\n", tmp_path))==2
+
+
+def test_what_changes_no_result_is_a_note(tmp_path):
+    lines = "gptq_groupsize: 128\ngptq_model_v1: true\nlora_mlp_kernel: true\nlora_qkv_kernel: true\nlora_o_kernel: true\nfused_attn_kernel: true\ninclude_tkps: true\ninclude_tokens_per_second: true\nexperimental_skip_move_to_device: true\ncontext_parallel_size: 1\ntensor_parallel_size: 1\ndp_shard_size: 1\ndp_replicate_size: 1\n"
+    cfg = load(GOOD+lines, tmp_path)
+    assert len(cfg.notes)==13 and all(" says nothing here: " in n for n in cfg.notes) and "`context_parallel_size: 1` says nothing" in " ".join(cfg.notes)
+    assert load(GOOD+"sequence_parallel_degree: 1\n", tmp_path).context_parallel_size is None
 
 
 def test_the_kind_of_an_entry_follows_from_the_mode(tmp_path):

@@ -4,8 +4,10 @@ from typing import Literal, get_args, get_origin
 import pytest, yaml
 from tuneforge.document import ConfigError
 from tuneforge.config import load_config
+from tuneforge.derive import buffer_size, interval, strategy
 from tuneforge.options import AllOptions
 from tuneforge.rules import NEEDS, NOTES, ONE_OF, RULES
+from tuneforge.schedules import schedule
 
 BASE = dict(base_model="x", datasets=[dict(path="y", type="alpaca")], learning_rate=1e-4)
 HAND = dict(datasets=[dict(path="z")], test_datasets=[dict(path="z")], pretraining_dataset=[dict(path="z")], gpu_memory_limit="1GiB", max_memory={0: "1GiB"}, lr_groups=[dict(name="a", modules=["b"], lr=1)],
@@ -130,13 +132,13 @@ ALSO = [ # further branches of the same rules
     (dict(metric_for_best_model="bleu", load_best_model_at_end=True, val_set_size=0.1), "is not measured in training"), (dict(greater_is_better=True, metric_for_best_model="loss", load_best_model_at_end=True, val_set_size=0.1), "less is better"),
     (dict(sample_packing=True, packing="fill", curriculum_sampling=True), "contradict each other"), (dict(sample_packing=True, curriculum_sampling=True, sample_packing_group_size=9), "no effect with `curriculum_sampling`"),
     (dict(dataloader_prefetch_factor=3), "no effect without `dataloader_num_workers`"), (dict(dataloader_num_workers=2, max_steps=5, pretraining_dataset=[dict(path="x")]), "a stream is read by"),
-    (dict(flash_attention=True, xformers_attention=True), "give only one of `flash_attention`, `xformers_attention`"), (dict(attn_implementation="xformers", xformers_attention=True), "give only one of"), (dict(sample_packing=True, group_by_length=True), "all of one length"), (dict(group_by_length=True, curriculum_sampling=True), "contradict"),
+    (dict(flash_attention=True, xformers_attention=True), "give only one of `flash_attention`, `xformers_attention`"), (dict(attn_implementation="xformers", xformers_attention=True), "give only one of"), (dict(group_by_length=True, curriculum_sampling=True), "contradict"),
     (dict(sample_packing=True, sample_packing_sequentially=True, sample_packing_group_size=9), "no gap is closed"), (dict(sample_packing=True, packing="tight", sample_packing_group_size=9), "all samples"), (dict(eval_table_size=2, generate_samples=True, val_set_size=0.1), "ask for the same"),
-    (dict(adapter="qlora", lora_target_linear=True), "needs `load_in_4bit: true`"), (dict(adapter="lora", lora_target_linear=True, unfrozen_parameters=["a"]), "trains weights of the base"),
+    (dict(adapter="qlora", lora_target_linear=True), "needs `load_in_4bit: true`"), (dict(adapter="lora", lora_target_linear=True, unfrozen_parameters=["a"]), "remove it, the adapter freezes the base"), (dict(bfloat16=True, bf16=True, fp16=True), "give only one of `fp16`, `bfloat16`"),
     (dict(adapter="lora", lora_target_parameters=["e"], lora_dropout=0.1), "allows no `lora_dropout`"),
     (dict(gptq=True), "needs an adapter"), (dict(adapter="qlora", load_in_4bit=True, lora_target_parameters=["e"]), "add `quantize_moe_experts: false`"), (dict(adapter="lora", lora_target_linear=True, relora_steps=12, lr_scheduler="one_cycle"), "cannot be restarted"),
     *[(dict(adapter="lora", lora_target_linear=True, relora_steps=12) | kw, m) for kw, m in ((dict(peft_use_dora=True), "magnitudes belong to the old one"), (dict(peft_layer_replication=[[0, 2]]), "shares between copies"),
-        (dict(lora_target_parameters=["e"]), "merges linear layers"), (dict(peft_init_lora_weights="pissa"), "begins each adapter with no effect"), (dict(optimizer="adamw_bnb_8bit"), "keeps no number for each weight"), (dict(optimizer="schedule_free_adamw", lr_scheduler="constant"), "remembers the old adapter"), (dict(relora_anneal_steps=2), "take 12 steps"),
+        (dict(lora_target_parameters=["e"]), "merges linear layers"), (dict(peft_init_lora_weights="pissa"), "begins each adapter with no effect"), (dict(optimizer="adamw_bnb_8bit", relora_prune_method="magnitude"), "write `relora_prune_method: reset`"), (dict(optimizer="adamw_bnb_8bit", relora_prune_ratio=0.5), "`relora_prune_method: reset`, without `relora_prune_ratio`"), (dict(optimizer="schedule_free_adamw", lr_scheduler="constant"), "remembers the old adapter"), (dict(relora_anneal_steps=2), "take 12 steps"),
         (dict(relora_prune_method="reset", relora_prune_ratio=0.5), "no effect with `relora_prune_method: reset`"), (dict(relora_steps=None, relora=True), "needs `relora_steps`"))],
     *[(dict(adapter="lora", lora_target_linear=True) | kw, m) for kw, m in ((dict(peft_init_lora_weights="eva"), "looks at data"), (dict(peft_init_lora_weights="loftq"), "needs its settings"),
         (dict(peft_init_lora_weights="pissa", peft=dict(loftq_config={})), "both say how"), (dict(load_in_4bit=True, peft=dict(loftq_config={})), "quantises the base itself"),
@@ -160,7 +162,12 @@ def test_rule(name):
 def test_branch(fires, says): assert any(says in m for m in said(**fires)), said(**fires)
 
 
-NOTED = {"evaluations_need_data": (dict(evals_per_epoch=4), "no effect without", dict(evals_per_epoch=4, val_set_size=0.1)), "pushed_when_saved": (dict(hub_model_id="a/b", save_strategy="no"), "once, at the end", dict(hub_model_id="a/b")),
+NOTED = {"adapter_left_blank": (dict(adapter=None, lora_r=64, lora_target_linear=True), "`lora_r`, `lora_target_linear` say nothing", dict(adapter=None)),
+    "bfloat16_twice": (dict(bfloat16=True, bf16=True), "`bf16` says nothing beside `bfloat16: true`", dict(bfloat16=True)),
+    "experts_in_8_bits": (dict(load_in_8bit=True, adapter="lora", lora_target_linear=True, quantize_moe_experts=True), "experts that are kept in one tensor stay whole", dict(load_in_4bit=True, adapter="qlora", lora_target_linear=True, quantize_moe_experts=True)),
+    "packed_rows_are_alike": (dict(sample_packing=True, group_by_length=True), "fills rows whatever their order", dict(group_by_length=True)),
+    "zeros": (dict(val_set_size=0.1, evals_per_epoch=0), "`evals_per_epoch: 0` switches evaluations off", dict(evals_per_epoch=0)),
+    "evaluations_need_data": (dict(evals_per_epoch=4), "no effect without", dict(evals_per_epoch=4, val_set_size=0.1)), "pushed_when_saved": (dict(hub_model_id="a/b", save_strategy="no"), "once, at the end", dict(hub_model_id="a/b")),
     "streams_have_no_epochs": (dict(streaming=True, max_steps=5, saves_per_epoch=2), "counts over the whole run", dict(saves_per_epoch=2)),
     "shuffled_anyway": (dict(shuffle_before_merging_datasets=True), "has no effect while", dict(shuffle_before_merging_datasets=True, shuffle_merged_datasets=False)),
     "plugins_say_nothing": (dict(plugins=["axolotl.integrations.liger.LigerPlugin"]), "work by themselves", {}), "kernels_of_today": (dict(unsloth_rope=True), "`liger_rope` does it today", dict(liger_rope=True)),
@@ -175,6 +182,50 @@ NOTED = {"evaluations_need_data": (dict(evals_per_epoch=4), "no effect without",
 def test_note(name):
     fires, says, sound = NOTED[name]
     assert any(says in m for m in said(NOTES, **fires)) and not said(NOTES, **sound)
+
+
+STREAM = dict(datasets=[], max_steps=5, pretraining_dataset=[dict(path="a")])
+
+
+@pytest.mark.parametrize("data", [STREAM, dict(streaming=True, max_steps=5)], ids=["pretraining_dataset", "streaming"])
+def test_either_name_of_the_buffer_serves_either_stream(data):
+    for k in ("pretrain_multipack_buffer_size", "streaming_multipack_buffer_size"):
+        assert buffer_size(load_config(BASE | data | {k: 77}))==77 and buffer_size(load_config(BASE | data | {k: None}))==10_000
+
+
+def test_an_adapter_left_blank_is_none():
+    with pytest.raises(ConfigError, match="`lora_r` has no effect without `adapter`"): load_config(BASE | dict(lora_r=64))
+    for k in ("lora_model_dir", "relora_steps"): # these ask for more than settings of an adapter
+        with pytest.raises(ConfigError, match=f"`{k}` has no effect without `adapter`"): load_config(BASE | {"adapter": None, k: 100 if k=="relora_steps" else "x"})
+    cfg = load_config(BASE | dict(adapter=None, lora_target_modules="q_proj, v_proj", lora_target_linear=True, peft_use_dora=True, peft_init_lora_weights="pissa"))
+    assert len(cfg.notes)==1 and "all weights are trained" in cfg.notes[0]
+    assert load_config(BASE | dict(adapter="", lora_r=None, lora_alpha=None)).notes==[]
+    assert ["blank" in n for n in load_config(BASE | dict(adapter="lora", lora_target_linear=True, lora_r=None)).notes]==[True]
+
+
+def test_relora_forgets_what_can_be_forgotten():
+    relora = BASE | dict(adapter="lora", lora_target_linear=True, relora_steps=100)
+    for blank in ({}, dict(relora_prune_method=None)):
+        cfg = load_config(relora | dict(optimizer="adamw_bnb_8bit") | blank)
+        assert cfg.relora_prune_method=="reset" and cfg.where("relora_prune_method")=="derived: from `optimizer: adamw_bnb_8bit`"
+        assert len(cfg.notes)==1 and "cannot be forgotten" in cfg.notes[0]
+        assert cfg.replace(optimizer="adamw_torch").relora_prune_method=="magnitude"
+    assert load_config(relora).relora_prune_method==load_config(BASE | dict(optimizer="adamw_bnb_8bit")).relora_prune_method=="magnitude"
+
+
+def test_zero_is_off():
+    data = BASE | dict(val_set_size=0.1)
+    for k in ("eval_steps", "evals_per_epoch"):
+        cfg = load_config(data | {k: 0})
+        assert strategy(cfg, "eval")=="no" and interval(cfg, "eval", 100, 300) is None
+        assert strategy(load_config(data | {k: 0, "eval_strategy": "epoch"}), "eval")=="epoch"
+        with pytest.raises(ConfigError, match=f"`early_stopping_patience` needs evaluations: `{k}: 0` allows none"): load_config(data | {k: 0, "early_stopping_patience": 2})
+    assert interval(load_config(data | dict(evals_per_epoch=0, eval_steps=7)), "eval", 100, 300)==7
+    for k in ("save_steps", "saves_per_epoch"):
+        cfg = load_config(BASE | {k: 0})
+        assert strategy(cfg, "save")=="epoch" and interval(cfg, "save", 100, 300)==100 and "after each epoch" in cfg.notes[0]
+    rates = [[schedule(load_config(BASE | dict(cosine_min_lr_ratio=0.1) | kw), 100)(s) for s in range(100)] for kw in ({}, dict(cosine_constant_lr_ratio=0), dict(cosine_constant_lr_ratio=0.5))]
+    assert rates[0]==rates[1]!=rates[2]
 
 
 def test_a_rule_points_at_the_key(tmp_path):

@@ -20,9 +20,9 @@ from pydantic import PrivateAttr, SecretStr, ValidationError
 from .derive import derived
 from .document import ConfigError, Document, Mark, Problem, UserError, did_you_mean, expand, nearest, not_set, one_slip, one_value, stays_text
 from .options import *
-from .options import ELSEWHERE, HARMLESS, MEANT, MOVED, NOT_YET, REFUSED, RENAMED, SYNONYMS, unserved
+from .options import ELSEWHERE, HARMLESS, MEANT, MOVED, NOT_YET, REFUSED, RENAMED, SPELLINGS, SYNONYMS, unserved
 from .remote import MAX_BYTES, fetch_text, is_url
-from .rules import NOTES, OFF, check_rules
+from .rules import NOTES, OFF, check_rules, packs_state
 
 # %% ../nbs/05_config.ipynb #efc0da31
 log = logging.getLogger("tuneforge")
@@ -98,9 +98,9 @@ class _Passes:
     "Plain values on their way into the types"
     def __init__(self, doc:Document):
         self.doc,self.values = doc,deepcopy(doc.value)
-        self.problems,self.notes,self.origin = list(doc.problems),[],{} # origin: today's path -> path in the file
+        self.problems,self.notes,self.origin,self.follows = list(doc.problems),[],{},{} # today's path -> path in the file; key -> why it has its value
     def run(self, planned:bool):
-        for step in (self.strange, self.rename, self.moved, self.kinds, self.texts, self.blanks, self.booleans, self.harmless): step()
+        for step in (self.strange, self.rename, self.moved, self.kinds, self.texts, self.forgets, self.blanks, self.booleans, self.harmless): step()
         if not planned: self.unsupported()
         return self
     def entries(self):
@@ -142,7 +142,7 @@ def rename(self:_Passes):
             else: e[new] = e[old]
             del e[old]
             self.origin[path+(new,)] = path+(old,)
-            self.notes.append(Problem(f"`{old}` is called `{new}` here", path+(new,)))
+            if old not in SPELLINGS: self.notes.append(Problem(f"`{old}` is called `{new}` here", path+(new,)))
 
 @patch
 def moved(self:_Passes):
@@ -196,17 +196,36 @@ def booleans(self:_Passes):
 def _takes_null(f): return _takes(f.annotation, NoneType)
 
 @patch
+def idle(self:_Passes, e, k, path, group):
+    "An unknown key that is blank asks for nothing: it is dropped, and a note says so"
+    del e[k]
+    said = unknown_key(k, path, group)
+    self.notes.append(Problem(said+(" It" if said.endswith("?") else "; it")+" is blank, and asks for nothing", path+(k,)))
+
+@patch
 def blanks(self:_Passes):
     "Remove nulls that mean nothing, so that the default holds"
     for path,e,group in self.entries():
         for k in [k for k,v in e.items() if v is None or v==""]:
             f = group.model_fields.get(k)
+            if f is None and e[k] is None and isinstance(k, str): self.idle(e, k, path, group)
             if f is None or f.is_required(): continue
             if e[k]=="" and (_takes(f.annotation, str) and not _takes_null(f)): continue
             if _takes_null(f): e[k] = None
             else:
                 del e[k]
-                if f.default not in OFF: self.notes.append(Problem(f"`{dotted(path+(k,))}` is blank, so its default holds: {f.default}", path+(k,)))
+                no_adapter = k in LoraOptions.model_fields and self.values.get("adapter") in OFF
+                if f.default not in OFF and not no_adapter: self.notes.append(Problem(f"`{dotted(path+(k,))}` is blank, so its default holds: {f.default}", path+(k,)))
+
+# %% ../nbs/05_config.ipynb #3fa2c9d1
+@patch
+def forgets(self:_Passes):
+    "ReLoRA forgets all of an optimizer's state where it can't forget a part"
+    e,keys = self.values,("relora_prune_method","relora_prune_ratio")
+    o = e.get("optimizer")
+    if not (e.get("relora") or e.get("relora_steps")) or not isinstance(o, str) or not packs_state(o) or any(e.get(k) is not None for k in keys): return
+    e[keys[0]],self.follows[keys[0]] = "reset",f"from `optimizer: {o}`"
+    self.notes.append(Problem(f"`relora_prune_method` is `reset`: `{o}` keeps no number for each weight, so a part of its state cannot be forgotten", ("optimizer",)))
 
 # %% ../nbs/05_config.ipynb #f36ca61b
 def _wants(v, f): return v not in OFF and v!=f.default
@@ -219,6 +238,8 @@ def harmless(self:_Passes):
     for path,e,group in self.entries():
         for k in [k for k in e if _prefix(path)+k in HARMLESS and _wants(e[k], group.model_fields[k])]:
             self.notes.append(Problem(f"`{dotted(path+(k,))}` says nothing here: {HARMLESS[_prefix(path)+k]}", path+(k,)))
+        for k in [k for k,v in e.items() if not isinstance(v, bool) and f"{_prefix(path)}{k}={v}" in HARMLESS]:
+            self.notes.append(Problem(f"`{dotted(path+(k,))}: {e[k]}` says nothing here: {HARMLESS[f'{_prefix(path)}{k}={e.pop(k)}']}", path+(k,)))
 
 @patch
 def unsupported(self:_Passes):
@@ -246,6 +267,7 @@ def _shown(v): return s if len(s := repr(v))<60 else s[:57]+"…"
 def _expected(f, v, key):
     "What should have been given; for one of many values, the nearest"
     options = [o for o in _literals(f.annotation) if isinstance(o, str) and not unserved(f"{key}={o}")]
+    if key=="tokens" and isinstance(v, dict): return ", but should be a list of texts: special tokens with their names belong under `special_tokens`"
     if (word := f"{key}={v}".lower()) in MEANT: return f": here, that is {MEANT[word]}"
     near = did_you_mean(v, options) if isinstance(v, str) and options and v not in options else ""
     said = type_in_words(_served(f.annotation, key), f.metadata)
@@ -294,6 +316,7 @@ class Config(AllOptions):
     _doc:Document = PrivateAttr(None)
     _planned:bool = PrivateAttr(False)
     _notes:list = PrivateAttr(default_factory=list)
+    _follows:dict = PrivateAttr(default_factory=dict)
 
     def __eq__(self, other): return type(self) is type(other) and all(getattr(self, k)==getattr(other, k) for k in type(self).model_fields)
     __hash__ = None
@@ -310,7 +333,7 @@ class Config(AllOptions):
         else: problems = [o for o in check_rules(self) if o.path not in {q.path for q in p.problems}] # what is refused anyway needs no more advice
         problems = problems+[o for check in CHECKS for o in check(p.values, p.doc)]
         if problems+p.problems: raise ConfigError([p.place(o) for o in p.problems+problems])
-        self._doc,self._planned,self._notes = p.doc,_planned,[p.place(o) for o in p.notes+check_rules(self, NOTES)]
+        self._doc,self._planned,self._follows,self._notes = p.doc,_planned,p.follows,[p.place(o) for o in p.notes+check_rules(self, NOTES)]
         for o in self.notes: log.warning(o)
 
     @property
@@ -339,6 +362,7 @@ def where(
     "Where a value comes from. Raises `UserError` for a key that there isn't."
     path = _path(path[0]) if len(path)==1 else path
     if not path or path[0] not in AllOptions.model_fields: raise UserError(unknown_key(path[0] if path else ""))
+    if path[0] in self._follows: return f"derived: {self._follows[path[0]]}"
     old = {v: k for k,v in RENAMED.items()}
     for p in (path, path[:-1]+(old.get(path[-1], path[-1]),)):
         if p in self._doc.keys: return self._doc.keys[p].short()

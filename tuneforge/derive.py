@@ -12,6 +12,7 @@ __all__ = ['DERIVED', 'accumulation', 'eval_rows', 'packs', 'isolates', 'packs_e
 # %% ../nbs/03_derive.ipynb #dcf1b59f
 from typing import Literal
 from .options import AllOptions, DataOptions, PackingOptions, PartialOptions, PreparedOptions, TokenizerOptions, TrainOptions
+from .rules import never_evaluates
 
 # %% ../nbs/03_derive.ipynb #04750dfd
 def accumulation(
@@ -59,10 +60,10 @@ def streams(
     return bool(opts.pretraining_dataset or opts.streaming)
 
 def buffer_size(
-    opts:AllOptions, # `pretrain_multipack_buffer_size` or `streaming_multipack_buffer_size`
+    opts:AllOptions, # `streaming_multipack_buffer_size`, or its older name, `pretrain_multipack_buffer_size`
 ) -> int: # samples
     "Samples of a stream that are shuffled and packed together"
-    return opts.pretrain_multipack_buffer_size if opts.pretraining_dataset else opts.streaming_multipack_buffer_size
+    return opts.pretrain_multipack_buffer_size if "pretrain_multipack_buffer_size" in opts.model_fields_set else opts.streaming_multipack_buffer_size
 
 # %% ../nbs/03_derive.ipynb #9bb8583b
 def strategy(
@@ -70,6 +71,7 @@ def strategy(
     what:Literal["save","eval"], # which
 ) -> str: # `no`, `steps`, `epoch` or `best`
     "When checkpoints are written, or evaluations made"
+    if what=="eval" and never_evaluates(opts): return "no"
     return getattr(opts, f"{what}_strategy") or ("steps" if getattr(opts, f"{what}_steps") or getattr(opts, f"{what}s_per_epoch") else "epoch")
 
 def interval(

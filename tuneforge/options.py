@@ -6,15 +6,15 @@ Docs: https://tuneforge.github.io/tuneforge/options.html.md"""
 
 # %% auto #0
 __all__ = ['REFUSED', 'NOT_YET', 'Size', 'Location', 'Backend', 'AnyDataset', 'Optimizer', 'Schedule', 'TOPICS', 'RENAMED',
-           'MOVED', 'HARMLESS', 'ELSEWHERE', 'SYNONYMS', 'MEANT', 'FrozenList', 'FrozenDict', 'Options',
+           'SPELLINGS', 'MOVED', 'HARMLESS', 'ELSEWHERE', 'SYNONYMS', 'MEANT', 'FrozenList', 'FrozenDict', 'Options',
            'type_in_words', 'unserved', 'OptionTable', 'parse_size', 'SpecialTokens', 'BaseOptions', 'TokenizerOptions',
            'ArchitectureOptions', 'PrecisionOptions', 'PlacementOptions', 'AttentionOptions', 'KernelOptions',
-           'OldKernelOptions', 'ModelOptions', 'SourceOptions', 'CustomFormat', 'FormatOptions', 'ChatOptions',
-           'DatasetOptions', 'PreferenceDataset', 'KtoDataset', 'PretrainingDataset', 'PreparedOptions', 'DataOptions',
-           'PackingOptions', 'OldPackingOptions', 'LoftqOptions', 'PeftOptions', 'LoraOptions', 'PartialOptions',
-           'OptimOptions', 'CurveArgs', 'ScheduleArgs', 'LearningRateGroup', 'ScheduleOptions', 'EvalOptions',
-           'TrainOptions', 'LoggingOptions', 'DistributedOptions', 'PreferenceOptions', 'SamplingOptions',
-           'GradioOptions', 'FileOptions', 'AllOptions', 'topic']
+           'OldKernelOptions', 'FusedOptions', 'ModelOptions', 'SourceOptions', 'CustomFormat', 'FormatOptions',
+           'ChatOptions', 'DatasetOptions', 'PreferenceDataset', 'KtoDataset', 'PretrainingDataset', 'PreparedOptions',
+           'DataOptions', 'PackingOptions', 'OldPackingOptions', 'LoftqOptions', 'PeftOptions', 'LoraOptions',
+           'PartialOptions', 'OptimOptions', 'CurveArgs', 'ScheduleArgs', 'LearningRateGroup', 'ScheduleOptions',
+           'EvalOptions', 'TrainOptions', 'LoggingOptions', 'DistributedOptions', 'PreferenceOptions',
+           'SamplingOptions', 'GradioOptions', 'FileOptions', 'AllOptions', 'topic']
 
 # %% ../nbs/01_options.ipynb #d6f51680
 import os,re
@@ -202,10 +202,12 @@ class PrecisionOptions(Options):
     tf32:bool|Literal["auto"]|None = _opt(None, "let matrix products of float32 use TF32 on GPUs that have it")
     load_in_8bit:bool = _opt(False, "quantise the base to 8 bit (bitsandbytes); needs an adapter")
     load_in_4bit:bool = _opt(False, "quantise the base to 4 bit NF4 (bitsandbytes); needs an adapter")
-    quantize_moe_experts:bool|None = _opt(None, "with 4 bits: the experts of a mixture, too; blank: yes. An adapter on experts (`lora_target_parameters`) needs false")
+    quantize_moe_experts:bool|None = _opt(None, "with 4 bits: the experts of a mixture, too; blank: yes. With 8 bits they stay whole. An adapter on experts (`lora_target_parameters`) needs false")
     bnb_config_kwargs:dict|None = _opt(None, "more settings of bitsandbytes, such as `llm_int8_has_fp16_weight`")
     gptq:bool = _opt(False, "the base is quantised with GPTQ")
     gptq_disable_exllama:bool|None = _opt(None, "compute GPTQ layers without the ExLlama kernels")
+    gptq_groupsize:int|None = _opt(None, "weights that share a scale; here the checkpoint says it")
+    gptq_model_v1:bool|None = _opt(None, "how old the checkpoint's format is; here the checkpoint says it")
 
 OptionTable(PrecisionOptions)
 
@@ -215,6 +217,7 @@ class PlacementOptions(Options):
     gpu_memory_limit:int|Size|None = _opt(None, "memory to use on each GPU: `20GiB`; a bare number is GiB")
     max_memory:dict[int|Literal["cpu","disk"],int|Size]|None = _opt(None, "memory to use on each device: `{0: 20GiB, cpu: 64GiB}`")
     low_cpu_mem_usage:bool|None = _opt(None, "load the weights without a second copy in memory")
+    experimental_skip_move_to_device:bool|None = _opt(None, "leave the model where it is until it is sharded; here it is read to where it belongs")
     lora_on_cpu:bool = _opt(False, "merge the adapter on the CPU, even if there is a GPU")
     merge_method:Literal["memory_efficient","legacy"] = _opt("memory_efficient", "merge layer by layer, or with the whole model in memory (`legacy`)")
     device_map:str|dict|None = _opt(None, "device of each part of the model; `auto` spreads it")
@@ -270,10 +273,26 @@ class OldKernelOptions(Options):
     unsloth_rms_norm:bool|None = _opt(None, "Unsloth's RMSNorm; today `liger_rms_norm`")
     unsloth_rope:bool|None = _opt(None, "Unsloth's rotary embedding; today `liger_rope`")
 
-class ModelOptions(BaseOptions, ArchitectureOptions, PrecisionOptions, PlacementOptions, AttentionOptions, KernelOptions, OldKernelOptions):
+OptionTable(OldKernelOptions)
+
+# %% ../nbs/01_options.ipynb #7c1de0f5
+class FusedOptions(Options):
+    "Axolotl's own kernels, which compute what the layers compute anyway"
+    lora_mlp_kernel:bool|None = _opt(None, "adapters of the MLP in one kernel")
+    lora_qkv_kernel:bool|None = _opt(None, "adapters of query, key and value in one kernel")
+    lora_o_kernel:bool|None = _opt(None, "the adapter of the attention's output in one kernel")
+    lora_embedding_kernel:bool|None = _opt(None, "adapters of embeddings in one kernel")
+    fused_attn_kernel:bool|None = _opt(None, "norm and rotary embedding of queries and keys in one kernel")
+    sdpa_varlen:bool|None = _opt(None, "sdpa on packed rows without a mask")
+    use_kernels:bool|None = _opt(None, "kernels from the hub")
+    tiled_mlp:bool|None = _opt(None, "the MLP in pieces of a row")
+    tiled_mlp_num_shards:int|None = _opt(None, "how many pieces")
+    tiled_mlp_use_original_mlp:bool|None = _opt(None, "each piece by the model's own code")
+
+class ModelOptions(BaseOptions, ArchitectureOptions, PrecisionOptions, PlacementOptions, AttentionOptions, KernelOptions, OldKernelOptions, FusedOptions):
     "Loading the model: class, precision, quantisation, placement, attention, kernels"
 
-OptionTable(OldKernelOptions)
+OptionTable(FusedOptions)
 
 # %% ../nbs/01_options.ipynb #91d31f10
 class SourceOptions(Options):
@@ -452,7 +471,7 @@ class PackingOptions(Options):
     pretraining_sample_concatenation:bool|None = _opt(None, "join the texts of `pretraining_dataset`, and cut the joined text into rows of exactly `sequence_len`; packing cuts fewer texts")
     pretrain_multipack_attn:bool = _opt(True, "keep the texts in a row of `pretraining_dataset` from seeing each other")
     curriculum_sampling:bool = _opt(False, "train in the order of the data, in every epoch; packed rows are closed at the first sample that does not fit (`sample_packing_sequentially`)")
-    group_by_length:bool = _opt(False, "put samples of like length into a step, so that there is less padding; not with `sample_packing`")
+    group_by_length:bool = _opt(False, "put samples of like length into a step, so that there is less padding; packed rows (`sample_packing`) have none")
     batch_flattening:bool|Literal["auto"]|None = _opt(None, "join the samples of a batch into one row without padding, isolated from each other; `auto`: with FlashAttention")
     pad_to_sequence_len:bool|None = _opt(None, "pad every batch to `sequence_len`; blank: only with `sample_packing`")
     pad_to_multiple_of:int|None = _opt(None, "pad every batch to a multiple of this", gt=0)
@@ -467,8 +486,8 @@ class OldPackingOptions(Options):
     total_num_tokens:int|None = _opt(None, "tokens in the data; here they are counted")
     total_supervised_tokens:int|None = _opt(None, "trained tokens in the data; here they are counted")
     multipack_real_batches:bool|None = _opt(None, "keep rows of a packed batch apart; here they always are")
-    pretrain_multipack_buffer_size:int = _opt(10_000, "samples of a `pretraining_dataset` that are shuffled and packed together", gt=0)
-    streaming_multipack_buffer_size:int = _opt(10_000, "the same for `streaming: true`", gt=0)
+    pretrain_multipack_buffer_size:int = _opt(10_000, "samples of a stream that are shuffled and packed together", gt=0)
+    streaming_multipack_buffer_size:int = _opt(10_000, "today's name of the same; either name serves `pretraining_dataset` and `streaming: true`", gt=0)
     use_pose:bool|None = _opt(None, "skip positions at random, to train for longer contexts (PoSE, arXiv 2309.10400)")
     pose_split_on_token_ids:list[int]|None = _opt(None, "tokens behind which positions are skipped, in place of drawn ones")
     pose_max_context_len:int|None = _opt(None, "context to train for; over `sequence_len`", gt=0)
@@ -629,7 +648,7 @@ class ScheduleOptions(Options):
     lr_scheduler_kwargs:ScheduleArgs|None = _opt(None, "more arguments of the schedule")
     lr_quadratic_warmup:bool = _opt(False, "warm up with the square of the step")
     cosine_min_lr_ratio:float|None = _opt(None, "cosine and rex fall to this fraction of the peak, instead of to 0", ge=0, le=1)
-    cosine_constant_lr_ratio:float|None = _opt(None, "fraction of the steps after which the rate stays there", gt=0, le=1)
+    cosine_constant_lr_ratio:float|None = _opt(None, "fraction of the steps after which the rate stays there; 0: off", ge=0, le=1)
     lr_div_factor:float|None = _opt(None, "one_cycle: the first rate is the peak divided by this; blank: 25", gt=0)
     neftune_noise_alpha:float|None = _opt(None, "noise on the embeddings (NEFTune, arXiv 2310.05914)", gt=0)
 
@@ -639,8 +658,8 @@ OptionTable(ScheduleOptions)
 class EvalOptions(Options):
     "When to evaluate, on what, and when to stop"
     eval_strategy:Literal["no","steps","epoch"]|None = _opt(None, "when to evaluate; blank: `steps` if `eval_steps` is given, else `epoch`")
-    eval_steps:int|float|None = _opt(None, "optimizer steps between evaluations; below 1: a fraction of all steps", gt=0)
-    evals_per_epoch:int|None = _opt(None, "evaluations in each epoch", gt=0)
+    eval_steps:int|float|None = _opt(None, "optimizer steps between evaluations; below 1: a fraction of all steps; 0: never", ge=0)
+    evals_per_epoch:int|None = _opt(None, "evaluations in each epoch; 0: none", ge=0)
     early_stopping_patience:int|None = _opt(None, "stop after this many evaluations without improvement", gt=0)
     load_best_model_at_end:bool = _opt(False, "end with the weights that evaluated best; each evaluation that is the best so far writes a checkpoint")
     metric_for_best_model:str|None = _opt(None, "what best means, `eval_loss` or `eval_perplexity`; blank: `eval_loss`")
@@ -681,8 +700,8 @@ class TrainOptions(EvalOptions):
     max_steps:int|None = _opt(None, "stop after this many optimizer steps", gt=0)
     logging_steps:int|None = _opt(None, "optimizer steps between two log lines; blank: 0.5 % of all, 1 to 10", gt=0)
     save_strategy:Literal["no","steps","epoch","best"]|None = _opt(None, "when to write checkpoints: `best` after each evaluation that is the best so far, and at the end; blank: `steps` if `save_steps` is given, else `epoch`")
-    save_steps:int|float|None = _opt(None, "optimizer steps between checkpoints; below 1: a fraction of all steps", gt=0)
-    saves_per_epoch:int|None = _opt(None, "checkpoints in each epoch", gt=0)
+    save_steps:int|float|None = _opt(None, "optimizer steps between checkpoints; below 1: a fraction of all steps; 0: as blank", ge=0)
+    saves_per_epoch:int|None = _opt(None, "checkpoints in each epoch; 0: as blank", ge=0)
     save_total_limit:int = _opt(4, "newest checkpoints to keep, besides the best one", gt=0)
     save_only_model:bool = _opt(False, "checkpoints without optimizer state: smaller, cannot be resumed; a signal writes a full one")
     save_first_step:bool = _opt(False, "write a checkpoint after the first step, to see that it works")
@@ -699,6 +718,8 @@ OptionTable(TrainOptions, but=(EvalOptions,))
 # %% ../nbs/01_options.ipynb #6dc2c36f
 class LoggingOptions(Options):
     "Where metrics are sent besides the run's own folder"
+    include_tokens_per_second:bool|None = _opt(None, "log tokens per second; here they always are")
+    include_tkps:bool|None = _opt(None, "the same")
     use_tensorboard:bool|None = _opt(None, "write TensorBoard's files to `tensorboard/` of the run")
     use_wandb:bool|None = _opt(None, "log to Weights & Biases; follows from `wandb_project`")
     wandb_project:str|None = _opt(None, "project")
@@ -805,7 +826,7 @@ class AllOptions(ModelOptions, TokenizerOptions, DataOptions, PackingOptions, Ol
     "All groups together"
 
 TOPICS = {"Model": BaseOptions, "Tokenizer": TokenizerOptions, "Architecture": ArchitectureOptions, "Precision and quantisation": PrecisionOptions, "Placement": PlacementOptions, "Attention": AttentionOptions,
-    "Memory and kernels": KernelOptions, "Old kernels": OldKernelOptions, "Prepared data": PreparedOptions, "Data": DataOptions, "Batches and packing": PackingOptions, "Old packing": OldPackingOptions,
+    "Memory and kernels": KernelOptions, "Old kernels": OldKernelOptions, "Fused kernels": FusedOptions, "Prepared data": PreparedOptions, "Data": DataOptions, "Batches and packing": PackingOptions, "Old packing": OldPackingOptions,
     "Adapter": LoraOptions, "Partial training": PartialOptions, "Optimizer": OptimOptions, "Schedule": ScheduleOptions, "Evaluation": EvalOptions, "Run": TrainOptions, "Trackers": LoggingOptions,
     "Many devices": DistributedOptions, "Preferences": PreferenceOptions, "Sampling": SamplingOptions, "Gradio": GradioOptions, "File": FileOptions}
 
@@ -816,12 +837,15 @@ def topic(
     return next(t for t,g in TOPICS.items() if key in g.model_fields)
 
 # %% ../nbs/01_options.ipynb #34ad19e9
-RENAMED = {"model_type": "type_of_model", "model_config": "overrides_of_model_config", "model_revision": "revision_of_model", "overrides_of_model_kwargs": "model_kwargs", "evaluation_strategy": "eval_strategy",
+RENAMED = {"eval_table_max_new_tokens": "eval_max_new_tokens", "model_type": "type_of_model", "model_config": "overrides_of_model_config", "model_revision": "revision_of_model", "overrides_of_model_kwargs": "model_kwargs", "evaluation_strategy": "eval_strategy",
     "dataset_num_proc": "dataset_processes", "noisy_embedding_alpha": "neftune_noise_alpha", "dpo_beta": "rl_beta", "liger_swiglu": "liger_glu_activation", "gc_collect_steps": "gc_steps",
     "flash_attn_cross_entropy_loss": "flash_attn_cross_entropy", "sequence_parallel_degree": "context_parallel_size", "datasets.train_on_split": "split"}
 "old key -> today's; `datasets.` stands for every kind of entry"
 
-MOVED = {"rope_scaling": "it belongs to the model's own config.json, or under `overrides_of_model_config`", "max_packed_sequence_len": "today it is `sequence_len` with `sample_packing: true`"}
+SPELLINGS = {"model_type"}
+"Of these, the ones that Axolotl itself writes today: nothing is said of them"
+
+MOVED = {"attention": "today it is `attn_implementation`, such as `flash_attention_2`, or `flash_attention: true`", "rope_scaling": "it belongs to the model's own config.json, or under `overrides_of_model_config`", "max_packed_sequence_len": "today it is `sequence_len` with `sample_packing: true`"}
 "Keys that are no more, and what took their place"
 
 # %% ../nbs/01_options.ipynb #8c4a08e6
@@ -835,6 +859,12 @@ HARMLESS = _table({
     "hf_use_auth_token": "a token from `hf auth login` or `HF_TOKEN` is used by itself",
     "dataloader_drop_last": "no row is ever left out",
     "local_rank world_size": "the launcher sets it",
+    "dp_shard_size=1 dp_replicate_size=1 context_parallel_size=1 tensor_parallel_size=1": "one device shares with no other",
+    "gptq_groupsize gptq_model_v1": "the checkpoint says it",
+    "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel fused_attn_kernel sdpa_varlen use_kernels": "the layers compute the same without this kernel, with some more memory or time",
+    "tiled_mlp tiled_mlp_num_shards tiled_mlp_use_original_mlp": "the MLP computes the same in one piece, with more memory",
+    "include_tokens_per_second include_tkps": "tokens per second are always shown",
+    "experimental_skip_move_to_device": "weights are read to where they belong",
     "is_preprocess merge_lora axolotl_config_path": "the command says it",
     "datasets.input_format": "formats say it themselves",
     "spectrum_model_name": "ratios are computed from the weights themselves",
@@ -853,25 +883,61 @@ HARMLESS = _table({
 ELSEWHERE = _table({
     "trl": "GRPO and its relatives are not trained here",
     "vllm": "tuneforge does not serve models",
-    "ray use_ray": "tuneforge starts its processes with accelerate or torchrun",
+    "ray use_ray ray_run_name ray_num_workers resources_per_worker": "tuneforge starts its processes with accelerate or torchrun",
     "qat": "quantisation-aware training is not trained here",
     "quantization": "weights are quantised by the tools that serve them",
     "ebft": "it is not trained here",
-    "use_otel_metrics": "metrics go to files and trackers",
-    "use_trackio": "use TensorBoard, W&B, MLflow or Comet",
+    "use_otel_metrics otel_metrics_host otel_metrics_port": "metrics go to files and trackers",
+    "use_trackio trackio_project_name trackio_run_name trackio_space_id use_swanlab swanlab_project swanlab_experiment_name swanlab_description swanlab_mode swanlab_workspace swanlab_api_key swanlab_log_model swanlab_web_host swanlab_api_host "
+        "swanlab_lark_webhook_url swanlab_lark_secret swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer": "use TensorBoard, W&B, MLflow or Comet",
     "trainer_cls": "tuneforge has one trainer, which callbacks extend",
-    "process_reward_model": "process reward models are not trained here",
-    "lm_eval_tasks": "evaluate the merged model with lm-evaluation-harness",
-    "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel tiled_mlp tiled_mlp_num_shards fp8 fp8_enable_fsdp_float8_all_gather "
-        "scaling_softmax sdpa_varlen use_kernels sage_attention fused_attn_kernel": "remove it: the result is the same, with more memory or time",
+    "process_reward_model num_labels": "process reward models and classifiers are not trained here",
+    "lm_eval_tasks lm_eval_batch_size lm_eval_post_train lm_eval_model": "evaluate the merged model with lm-evaluation-harness",
+    "fp8 fp8_config fp8_enable_fsdp_float8_all_gather": "matrix products in 8-bit floats give other numbers, and are not built: `bf16: true` is the nearest",
+    "scaling_softmax scaling_softmax_factor scaling_softmax_bias": "it changes what attention computes, so the model would need it wherever it answers, and transformers has no such thing",
+    "sage_attention": "it attends in 8 bits, which gives other numbers: use `flash_attention: true`",
     "s2_attention": "shifted sparse attention (LongLoRA) trains with another attention than the model answers with, and lets packed samples see each other; a long row fits with `flash_attention`, `gradient_checkpointing` and `chunked_cross_entropy`",
     "flash_optimum": "it asked for BetterTransformer, which transformers 5 has no more; `sdp_attention` runs the same kernels",
     "flex_attn_compile_kwargs": "transformers compiles FlexAttention itself and takes no arguments for it",
     "flash_attn_fuse_qkv": "it rewrote the attention of Llama to one product for query, key and value; the model is left as it is, and the result is the same",
     "unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o": "Unsloth's kernels rewrite the layers of a few architectures while they run; the adapter is PEFT's here, and the result is the same",
-    "include_tokens_per_second include_tkps": "tokens per second are always shown",
-    "experimental_skip_move_to_device low_cpu_mem llmcompressor": "remove it"})
+    "low_cpu_mem": "remove it: weights are always read without a second copy",
+    "llmcompressor": "a model is made sparse by the tools that serve it"})
 "Keys of Axolotl's that stand for things that tuneforge does not do"
+
+# %% ../nbs/01_options.ipynb #5d0b7a11
+ELSEWHERE |= _table({
+    "kd_trainer kd_ce_alpha kd_alpha kd_temperature kd_temperature_min kd_beta kd_normalize_topk kd_online_server kd_online_server_base_url kd_online_topk kd_online_timeout "
+        "gkd_trainer gkd_teacher gkd_lmbda gkd_beta gkd_temperature gkd_max_new_tokens gkd_seq_kd": "models are not distilled here: let the teacher write the answers, and train on them",
+    "use_eaft eaft_alpha eaft_k use_dft liger_use_token_scaling": "every trained token counts alike: no other loss is built",
+    "grokfast_alpha grokfast_lamb": "gradients go to the optimizer as they are: `optimizer: grokadamw` is the nearest",
+    "diffusion": "models that write from left to right are trained here, and no others",
+    "dpo_loss_type dpo_loss_weights dpo_use_liger_kernel dpo_padding_free dpo_norm_loss dpo_use_logits_to_keep dpo_generate_during_eval center_rewards_coefficient": "preferences are not trained yet: train on the chosen answers, without `rl`",
+    "nemo_gym_enabled nemo_gym_dir nemo_gym_auto_clone nemo_gym_config_paths nemo_gym_head_port nemo_gym_server_timeout nemo_gym_verify_timeout nemo_gym_run_timeout nemo_gym_datasets nemo_gym_auto_start "
+        "nemo_gym_model_name nemo_gym_multi_turn nemo_gym_max_turns hatchery": "GRPO and its relatives are not trained here",
+    "dion_lr dion_momentum dion_rank_fraction dion_rank_multiple_of": "Dion is not built: `optimizer: muon` is the nearest",
+    "qgalore_rank qgalore_update_proj_gap qgalore_scale qgalore_proj_type qgalore_proj_quant qgalore_proj_bits qgalore_proj_group_size qgalore_cos_threshold qgalore_gamma_proj qgalore_queue_size": "Q-GaLore is not built: `optimizer: galore_adamw_8bit` with `optim_target_modules` is the nearest"})
+
+# %% ../nbs/01_options.ipynb #5d0b7a14
+ELSEWHERE |= _table({
+    "image_size image_resize_algorithm processor_kwargs freeze_mm_modules role_boundaries": "it is for images and sound, and tuneforge trains on text: remove it",
+    "reinit_weights": "train a random model as `base_model: tiny:…`, or save one with transformers",
+    "shrink_embeddings": "embeddings only grow: remove it, spare rows cost memory alone",
+    "embeddings_skip_upcast peft_autocast_adapter_dtype": "precision follows from `bf16`, `bfloat16`, `float16` and `float32`: remove it",
+    "tokenizer_use_mistral_common": "mistral-common does not say which characters a token stands for: remove it, and the model's own tokenizer of transformers is used",
+    "tokenizer_save_jinja_files": "transformers decides in which file a chat template is saved: remove it",
+    "experts_implementation expert_backend moe_grouped_backend moe_dequant_chunk_size moe_bnb_fast use_scattermoe use_sonicmoe moe_kernels moe_group_size moe_persistent_kernel llama4_linearized_experts": "experts are computed by transformers' own code: remove it",
+    "dense_mixer mora": "it trains another model or adapter than transformers and PEFT know: remove it",
+    "expert_parallel_size expert_parallel_backend expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes expert_parallel_token_capacity expert_parallel_fallback_on_unsupported "
+        "heads_k_stride ring_attn_func deepcompile fp32_norms fp32_norm_classes": "devices share no model yet: remove it, `torchrun` gives each a copy",
+    "large_head_attention flash_attn_d512 gemma4_hybrid_attn_impl": "one backend attends in all layers: choose it with `attn_implementation`",
+    "selective_checkpointing": "checkpointing is done by whole layers: `gradient_checkpointing_kwargs: {every_n_layers: 2}` leaves some out",
+    "layer_offloading ple_cpu_offload": "weights stay where they are while they are trained: `gradient_checkpointing: offload` moves activations, and `load_in_4bit` makes weights small",
+    "torch_compile_options": "choose `torch_compile_mode` instead",
+    "dynamic_checkpoint": "a signal (SIGTERM, SIGINT) already saves a checkpoint: remove it",
+    "num_dataset_shards_to_save": "nothing depends on the number of files of prepared data: remove it",
+    "model_quantization_config model_quantization_config_kwargs use_onebitllms nonexpert_quantization nvfp4_merge_aware nvfp4_merge_aware_start_step": "of quantised bases, 4 and 8 bits of bitsandbytes, GPTQ and AWQ are trained on: `load_in_4bit: true` makes one of a whole model",
+    "liger_rms_norm_gated liger_kernel_impl": "it is not built, and the result is the same without: remove it"})
 
 # %% ../nbs/01_options.ipynb #7186915a
 SYNONYMS = {other: key for key,others in dict(

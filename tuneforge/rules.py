@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/rules.html.md"""
 
 # %% auto #0
 __all__ = ['RULES', 'NOTES', 'OFF', 'ONE_OF', 'NEEDS', 'SCHEDULE_READS', 'PLUGINS', 'rule', 'note', 'check_rules', 'asks',
-           'holds', 'in_yaml', 'optim_arguments']
+           'left_blank', 'never_evaluates', 'holds', 'in_yaml', 'optim_arguments', 'packs_state']
 
 # %% ../nbs/02_rules.ipynb #de8f2bed
 import ast, os, re
@@ -50,6 +50,21 @@ def asks(
     v = getattr(cfg, key)
     return key in cfg.model_fields_set and v not in OFF and v!="auto"
 
+def left_blank(
+    cfg:AllOptions, # options
+    key:str, # a top-level key
+) -> bool: # whether it stands in the file with nothing behind it
+    "Whether a key is there and blank"
+    return key in cfg.model_fields_set and getattr(cfg, key) is None
+
+def never_evaluates(
+    cfg:AllOptions, # options
+) -> str|None: # what says so: `eval_strategy: no`, or a zero
+    "Whether the config allows no evaluations, whatever there is to evaluate on"
+    if cfg.eval_strategy: return "eval_strategy: no" if cfg.eval_strategy=="no" else None
+    if cfg.eval_steps or cfg.evals_per_epoch: return None
+    return next((f"{k}: 0" for k in ("eval_steps","evals_per_epoch") if getattr(cfg, k)==0), None)
+
 def holds(
     cfg:AllOptions, # options
     condition:str, # `a`, `a|b`, `a=x`, `a=x,y` or `a!=x`
@@ -69,7 +84,7 @@ def in_yaml(
     return " or ".join(map(one, condition.split("|")))
 
 # %% ../nbs/02_rules.ipynb #75f7310f
-ONE_OF = ["batch_size gradient_accumulation_steps", "warmup_ratio warmup_steps", "saves_per_epoch save_steps", "evals_per_epoch eval_steps", "test_datasets val_set_size", "embedding_lr embedding_lr_scale",
+ONE_OF = ["batch_size gradient_accumulation_steps", "warmup_ratio warmup_steps", "saves_per_epoch save_steps", "evals_per_epoch eval_steps", "test_datasets val_set_size", "embedding_lr embedding_lr_scale", "pretrain_multipack_buffer_size streaming_multipack_buffer_size",
     "max_memory gpu_memory_limit", "unfrozen_parameters lisa_n_layers spectrum_top_fraction", "relora_steps jagged_restart_steps", "pose_split_on_token_ids pose_num_chunks", "deepspeed fsdp", "rl reward_model", "lr_groups loraplus_lr_ratio", "sample_packing batch_flattening", "datasets pretraining_dataset", "load_in_8bit load_in_4bit gptq",
     "cut_cross_entropy chunked_cross_entropy liger_cross_entropy liger_fused_linear_cross_entropy flash_attn_cross_entropy unsloth_cross_entropy_loss", "fp16 bfloat16 float16 float32 bf16",
     "attn_implementation flash_attention sdp_attention eager_attention flex_attention xformers_attention"]
@@ -78,16 +93,16 @@ ONE_OF = ["batch_size gradient_accumulation_steps", "warmup_ratio warmup_steps",
 @rule
 def _one_of(cfg):
     for keys in ONE_OF:
-        on = [k for k in keys.split() if asks(cfg, k)]
+        on = [k for k in keys.split() if asks(cfg, k) and not (k=="bf16" and cfg.bfloat16)]
         if len(on)>1: yield on[-1], f"give only one of {', '.join(f'`{k}`' for k in on)}"
 
 # %% ../nbs/02_rules.ipynb #8b538f10
 _lora = [k for k in LoraOptions.model_fields if k!="adapter"]
 NEEDS = {
-    "loraplus_lr_ratio": "loraplus_lr_embedding", "adapter": f"{' '.join(_lora)} loraplus_lr_ratio relora relora_steps qlora_sharded_model_loading", "load_in_4bit|load_in_8bit": "bnb_config_kwargs", "load_in_4bit": "quantize_moe_experts", "gptq": "gptq_disable_exllama",
+    "loraplus_lr_ratio": "loraplus_lr_embedding", "adapter": f"{' '.join(_lora)} loraplus_lr_ratio relora relora_steps qlora_sharded_model_loading", "load_in_4bit|load_in_8bit": "bnb_config_kwargs quantize_moe_experts", "gptq": "gptq_disable_exllama",
     "peft_layers_to_transform": "peft_layers_pattern", "relora|relora_steps": "relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload", "jagged_restart_steps": "jagged_restart_warmup_steps jagged_restart_anneal_steps",
     "lisa_n_layers": "lisa_step_interval lisa_layers_attribute", "sample_packing": "eval_sample_packing packing sample_packing_sequentially sample_packing_group_size sample_packing_bin_size", "sample_packing|batch_flattening|pretraining_sample_concatenation": "packing_check", "use_pose": "pose_split_on_token_ids pose_max_context_len pose_num_chunks",
-    "pretraining_dataset": "pretraining_sample_concatenation pretrain_multipack_buffer_size pretrain_multipack_attn", "streaming": "streaming_multipack_buffer_size", "torch_compile": "torch_compile_backend torch_compile_mode",
+    "pretraining_dataset": "pretraining_sample_concatenation pretrain_multipack_attn", "pretraining_dataset|streaming": "pretrain_multipack_buffer_size streaming_multipack_buffer_size", "torch_compile": "torch_compile_backend torch_compile_mode",
     "gradient_checkpointing": "gradient_checkpointing_kwargs activation_offloading", "chunked_cross_entropy": "chunked_cross_entropy_num_chunks",
     "fsdp|fsdp_config": "fsdp_version fsdp_final_state_dict_type", "rl": "rl_beta rl_adapter_ref_model max_prompt_len", "rl=dpo,ipo": "dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs", "rl=dpo": "rpo_alpha", "rl=orpo": "orpo_alpha",
     "rl=simpo": "simpo_gamma cpo_alpha", "rl=kto": "kto_desirable_weight kto_undesirable_weight", "loss_watchdog_threshold": "loss_watchdog_patience", "load_best_model_at_end|early_stopping_patience|save_strategy=best": "metric_for_best_model",
@@ -106,9 +121,23 @@ def _needs(cfg):
     for condition,keys in NEEDS.items():
         if holds(cfg, condition): continue
         for k in keys.split():
+            if k in _lora and left_blank(cfg, "adapter") and k!="lora_model_dir": continue
             if asks(cfg, k) and not (k=="eval_strategy" and cfg.eval_strategy=="no"): yield k, f"`{k}` has no effect without {in_yaml(condition)}"
 
 # %% ../nbs/02_rules.ipynb #e90644ab
+@note
+def _adapter_left_blank(cfg):
+    given = [f"`{k}`" for k in _lora if asks(cfg, k) and k!="lora_model_dir"]
+    if given and left_blank(cfg, "adapter"): yield "adapter", f"`adapter` is blank, so all weights are trained, and {', '.join(given)} say{'s'*(len(given)==1)} nothing"
+
+@note
+def _zeros(cfg):
+    data = cfg.val_set_size or cfg.test_datasets
+    off = never_evaluates(cfg)
+    if data and off and off.endswith(" 0"): yield off.split(":")[0], f"`{off}` switches evaluations off, as `eval_strategy: no` would"
+    for k in ("save_steps","saves_per_epoch"):
+        if getattr(cfg, k)==0 and not (cfg.save_strategy or cfg.save_steps or cfg.saves_per_epoch): yield k, f"`{k}: 0` says nothing, so a checkpoint is written after each epoch: `save_strategy: no` writes none"
+
 @note
 def _evaluations_need_data(cfg):
     if asks(cfg, "evals_per_epoch") and not (cfg.test_datasets or cfg.val_set_size):
@@ -260,7 +289,7 @@ def _loaders_choose_nothing(cfg):
 @rule
 def _best_is_saved(cfg):
     key = "save_strategy" if cfg.save_strategy=="best" else "load_best_model_at_end" if cfg.load_best_model_at_end else None
-    if key and cfg.eval_strategy=="no": yield key, f"`{key}` needs evaluations: `eval_strategy: no` allows none"
+    if key and (off := never_evaluates(cfg)): yield key, f"`{key}` needs evaluations: `{off}` allows none"
     if cfg.save_strategy=="best" and not (cfg.val_set_size or cfg.test_datasets): yield "save_strategy", "`save_strategy: best` needs evaluations: give `val_set_size` or `test_datasets`, or no checkpoint will ever be written"
     if cfg.load_best_model_at_end and cfg.save_strategy=="no": yield "load_best_model_at_end", "`load_best_model_at_end` goes back to a checkpoint, and `save_strategy: no` writes none: `save_strategy: best` writes only those"
     known = ("loss","eval_loss","perplexity","eval_perplexity")
@@ -270,12 +299,12 @@ def _best_is_saved(cfg):
 @rule
 def _samples_need_evaluations(cfg):
     for k in ("generate_samples","eval_table_size"):
-        if getattr(cfg, k) and cfg.eval_strategy=="no": yield k, f"`{k}` shows answers at each evaluation: `eval_strategy: no` allows none"
+        if getattr(cfg, k) and (off := never_evaluates(cfg)): yield k, f"`{k}` shows answers at each evaluation: `{off}` allows none"
     if cfg.generate_samples and cfg.eval_table_size: yield "eval_table_size", "`generate_samples` and `eval_table_size` ask for the same: give one"
 
 @rule
 def _stopping_needs_evaluations(cfg):
-    if cfg.early_stopping_patience and cfg.eval_strategy=="no": yield "early_stopping_patience", "`early_stopping_patience` needs evaluations: `eval_strategy: no` allows none"
+    if cfg.early_stopping_patience and (off := never_evaluates(cfg)): yield "early_stopping_patience", f"`early_stopping_patience` needs evaluations: `{off}` allows none"
 
 # %% ../nbs/02_rules.ipynb #61882746
 @rule
@@ -292,8 +321,7 @@ def _order_is_one(cfg):
     for k in ("sample_packing_sequentially","curriculum_sampling"):
         if asks(cfg, k) and asks(cfg, "sample_packing_group_size"): yield "sample_packing_group_size", f"`sample_packing_group_size` has no effect with `{k}`: no gap is closed"
     if cfg.sample_packing and cfg.curriculum_sampling and cfg.packing=="fill" and "packing" in cfg.model_fields_set: yield "packing", off("packing: fill", "curriculum_sampling")+"one keeps the order, the other closes gaps with later samples"
-    if cfg.group_by_length and cfg.sample_packing: yield "group_by_length", "`group_by_length` has no effect with `sample_packing`: packed rows are all of one length"
-    if cfg.group_by_length and cfg.curriculum_sampling: yield "group_by_length", off("curriculum_sampling", "group_by_length")+"one keeps the order of the data, the other sorts"
+    if cfg.group_by_length and cfg.curriculum_sampling and not cfg.sample_packing: yield "group_by_length", off("curriculum_sampling", "group_by_length")+"one keeps the order of the data, the other sorts"
 
 @rule
 def _answers_need_whole_rows(cfg):
@@ -306,6 +334,10 @@ def _comet_is_another_model(cfg):
 @rule
 def _flattening_fills_rows(cfg):
     if cfg.batch_flattening and cfg.pad_to_sequence_len: yield "pad_to_sequence_len", "`pad_to_sequence_len` undoes `batch_flattening`, which is there to do without padding"
+
+@note
+def _packed_rows_are_alike(cfg):
+    if cfg.group_by_length and cfg.sample_packing: yield "group_by_length", "`group_by_length` has no effect with `sample_packing`, which fills rows whatever their order"
 
 @note
 def _flattening_one_row(cfg):
@@ -325,12 +357,20 @@ def _adapter_has_targets(cfg):
         yield "adapter", "say what to adapt: `lora_target_linear: true`, or `lora_target_modules`"
 
 @note
+def _bfloat16_twice(cfg):
+    if cfg.bfloat16 and asks(cfg, "bf16"): yield "bf16", f"`bf16` says nothing beside `bfloat16: true`, which keeps the weights in bfloat16, too"
+
+@note
+def _experts_in_8_bits(cfg):
+    if cfg.load_in_8bit and cfg.quantize_moe_experts: yield "quantize_moe_experts", "`quantize_moe_experts` has no effect with `load_in_8bit`: experts that are kept in one tensor stay whole, and `load_in_4bit` quantises them"
+
+@note
 def _targets_beside_all(cfg):
-    if cfg.lora_target_linear and cfg.lora_target_modules: yield "lora_target_modules", "`lora_target_modules` narrows nothing beside `lora_target_linear: true`: every linear layer is adapted, and these too"
+    if cfg.adapter and cfg.lora_target_linear and cfg.lora_target_modules: yield "lora_target_modules", "`lora_target_modules` narrows nothing beside `lora_target_linear: true`: every linear layer is adapted, and these too"
 
 @rule
 def _targets_are_a_pattern(cfg):
-    if not isinstance(cfg.lora_target_modules, str): return
+    if not isinstance(cfg.lora_target_modules, str) or left_blank(cfg, "adapter"): return
     if len(names := re.split(r"[,\s]+", cfg.lora_target_modules.strip()))>1 and all(re.fullmatch(r"[\w.]+", n) for n in names):
         yield "lora_target_modules", f"several names are a list: write [{', '.join(names)}]"
     try: re.compile(cfg.lora_target_modules)
@@ -340,7 +380,7 @@ def _targets_are_a_pattern(cfg):
 def _adapter_gets_along(cfg):
     if not cfg.adapter: return
     for k in ("unfrozen_parameters","lisa_n_layers","spectrum_top_fraction"):
-        if getattr(cfg, k): yield k, f"`{k}` trains weights of the base, and an adapter neither changes nor saves them: name layers to train in full under `lora_modules_to_save`"
+        if getattr(cfg, k): yield k, f"`{k}` trains weights of the base: remove it, the adapter freezes the base"
     if cfg.lora_target_parameters and cfg.lora_dropout: yield "lora_dropout", "`lora_target_parameters` allows no `lora_dropout`"
 
 # %% ../nbs/02_rules.ipynb #b0a1f702
@@ -417,7 +457,7 @@ def _arguments_of_the_schedule(cfg):
 @rule
 def _schedules_of_their_own(cfg):
     o,s = cfg.optimizer,cfg.lr_scheduler
-    if s in ("reduce_lr_on_plateau","greedy") and (cfg.eval_strategy=="no" or not (cfg.val_set_size or cfg.test_datasets)):
+    if s in ("reduce_lr_on_plateau","greedy") and (never_evaluates(cfg) or not (cfg.val_set_size or cfg.test_datasets)):
         yield "lr_scheduler", f"`lr_scheduler: {s}` follows the evaluations: it needs `val_set_size` or `test_datasets`"
     if not o.startswith("schedule_free"): return
     if asks(cfg, "lr_scheduler") and not s.startswith("constant"): yield "lr_scheduler", f"`optimizer: {o}` does without a schedule: write `lr_scheduler: constant`, or `constant_with_warmup`"
@@ -436,6 +476,7 @@ def _teeth_have_room(cfg):
 # %% ../nbs/02_rules.ipynb #18a14c65
 @rule
 def _adapter_begins(cfg):
+    if left_blank(cfg, "adapter"): return # its settings say nothing
     init = cfg.peft_init_lora_weights
     quantised = next((k for k in ("load_in_4bit","load_in_8bit","gptq") if getattr(cfg, k)), None)
     if init in ("eva","corda","lora_ga"): yield "peft_init_lora_weights", f"`{init}` looks at data before it begins, which tuneforge does not do: use `pissa` or `olora`, which look at the weights"
@@ -466,6 +507,13 @@ def _positions_are_skipped(cfg):
         if getattr(cfg, k): yield k, f"`use_pose` gives a row its own positions, and `{k}` uses positions to tell samples apart: remove one of them"
 
 # %% ../nbs/02_rules.ipynb #18a14c69
+def packs_state(
+    optimizer:str, # its name
+) -> bool: # whether it keeps less than a number for each weight
+    "Whether no part of an optimizer's state can be forgotten"
+    own = any(o in optimizer for o in ("schedule_free","grokadamw","lomo","layerwise","muon"))
+    return not own and any(o in optimizer for o in ("8bit","4bit","fp8","adafactor","came","ademamix","galore","apollo"))
+
 @rule
 def _restarts_get_along(cfg):
     if not (cfg.relora or cfg.relora_steps): return
@@ -478,8 +526,7 @@ def _restarts_get_along(cfg):
     if cfg.peft_init_lora_weights not in (None,True,"gaussian"): yield "peft_init_lora_weights", "ReLoRA begins each adapter with no effect: remove `peft_init_lora_weights`, or say `gaussian`"
     own = any(o in cfg.optimizer for o in ("schedule_free","grokadamw","lomo","layerwise","muon"))
     if own: yield "optimizer", f"`optimizer: {cfg.optimizer}` remembers the old adapter where ReLoRA cannot reach it: use `adamw_torch_fused`"
-    packed = any(o in cfg.optimizer for o in ("8bit","4bit","fp8","adafactor","came","ademamix","galore","apollo"))
-    if packed and not own and cfg.relora_prune_method!="reset": yield "optimizer", f"`optimizer: {cfg.optimizer}` keeps no number for each weight, so a part of it cannot be forgotten: add `relora_prune_method: reset`"
+    if packs_state(cfg.optimizer) and cfg.relora_prune_method!="reset": yield "optimizer", f"`optimizer: {cfg.optimizer}` keeps no number for each weight, so a part of it cannot be forgotten: write `relora_prune_method: reset`"+", without `relora_prune_ratio`"*asks(cfg, "relora_prune_ratio")
     if cfg.relora_prune_method=="reset" and asks(cfg, "relora_prune_ratio"): yield "relora_prune_ratio", "`relora_prune_ratio` has no effect with `relora_prune_method: reset`"
 
 @rule
