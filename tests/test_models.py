@@ -4,13 +4,13 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from tests.tools import run
 from tuneforge.config import Config, ModelOptions, SpecialTokens, TokenizerOptions, UserError, load_config
-from tuneforge.models import check_length, finished, load_model, model_config, positions, untrained_tokens
+from tuneforge.models import _why, check_length, finished, load_model, model_config, positions, untrained_tokens
 from tuneforge.adapters import add_adapter
 from tuneforge.infer import load_finetuned
 from tuneforge.merge import merge, probe_logits
 from tuneforge.precision import check_offload, keep_4bit_layout, placement, quantised_share
 from tuneforge.tiny import tiny_model
-from tuneforge.tokens import load_tokenizer
+from tuneforge.tokens import load_tokenizer, trusted
 from tuneforge.vocabulary import fit_vocabulary
 
 
@@ -229,6 +229,13 @@ def test_code_does_not_run_unasked(odd, tmp_path, monkeypatch):
     assert "Read it; then allow it with `trust_remote_code: true`" in says(base_model=str(odd))
     load_tokenizer(TokenizerOptions(base_model=str(odd))) # its class is one of transformers' own
     assert not (tmp_path/"mark").exists()
+
+
+def test_code_of_the_hub_runs_only_if_it_is_pinned():
+    "Unpinned, transformers is told to run none: of a model that it knows itself, nothing changes (Phi, Falcon, MPT)"
+    asks = lambda **kw: trusted(ModelOptions(base_model="someone/model", trust_remote_code=True, **kw), "someone/model")
+    assert not asks() and not asks(revision_of_model="main") and asks(revision_of_model="0"*40)
+    assert "pin it with `revision_of_model`" in _why(ValueError("set the option `trust_remote_code=True` to remove this error"), ModelOptions(base_model="someone/model", trust_remote_code=True))
 
 
 def test_code_in_a_folder_runs_when_asked(odd, tmp_path, caplog, monkeypatch):

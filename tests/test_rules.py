@@ -92,7 +92,6 @@ CASES = { # rule -> (keys with which it fires, what it says, keys with which it 
     "positions_are_skipped": (dict(use_pose=True), "needs `pose_max_context_len`", dict(use_pose=True, sequence_len=100, pose_max_context_len=200)),
     "rows_are_views": (dict(unfrozen_parameters=["a[3:]"], fp16=True), "names rows", dict(unfrozen_parameters=["a"], fp16=True, optimizer="galore_adamw", optim_target_modules=["b"])),
     "frozen_inputs_need_a_gradient": (dict(unfrozen_parameters=["a"], gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True)), "must not be reentrant", dict(unfrozen_parameters=["a"], gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False))),
-    "remote_code_is_pinned": (dict(trust_remote_code=True, revision_of_model="main"), "pin it", dict(trust_remote_code=True, revision_of_model="0"*40)),
     "weights_are_safetensors": (dict(save_safetensors=False), "only written as safetensors", dict(save_safetensors=True)),
     "tokenizers_are_fast": (dict(tokenizer_use_fast=False), "only fast tokenizers", dict(tokenizer_use_fast=True)),
     "offloaded_states_are_whole": (dict(fsdp=["full_shard"], fsdp_config=dict(offload_params=True), optimizer="adamw_bnb_8bit"), "whole states", dict(fsdp=["full_shard"], fsdp_config=dict(offload_params=True))),
@@ -162,7 +161,7 @@ def test_rule(name):
 def test_branch(fires, says): assert any(says in m for m in said(**fires)), said(**fires)
 
 
-NOTED = {"adapter_left_blank": (dict(adapter=None, lora_r=64, lora_target_linear=True), "`lora_r`, `lora_target_linear` say nothing", dict(adapter=None)),
+NOTED = {"remote_code_is_not_pinned": (dict(trust_remote_code=True, revision_of_model="main"), "runs no code that is not pinned", dict(trust_remote_code=True, revision_of_model="0"*40)), "adapter_left_blank": (dict(adapter=None, lora_r=64, lora_target_linear=True), "`lora_r`, `lora_target_linear` say nothing", dict(adapter=None)),
     "bfloat16_twice": (dict(bfloat16=True, bf16=True), "`bf16` says nothing beside `bfloat16: true`", dict(bfloat16=True)),
     "experts_in_8_bits": (dict(load_in_8bit=True, adapter="lora", lora_target_linear=True, quantize_moe_experts=True), "experts that are kept in one tensor stay whole", dict(load_in_4bit=True, adapter="qlora", lora_target_linear=True, quantize_moe_experts=True)),
     "packed_rows_are_alike": (dict(sample_packing=True, group_by_length=True), "fills rows whatever their order", dict(group_by_length=True)),

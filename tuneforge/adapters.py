@@ -89,10 +89,11 @@ def lora_config(
     "PEFT's configuration for these options"
     from peft import LoraConfig
     alone = opts.lora_target_modules is None and opts.peft_layers_to_transform is None
+    dropout = 0. if any(n.endswith(".experts") for n,_ in model.named_modules()) else opts.lora_dropout # layers get it later
     packed = {f"parametrizations.{o}" for o in linear_layers(model) if any(n.endswith(f".parametrizations.{o}") for n,_ in model.named_modules())} # experts in 4 bits: no layers
     linear = "all-linear" if alone else sorted({*linear_layers(model), *_listed(opts.lora_target_modules)})
     init = True if opts.peft_init_lora_weights in (None,"loftq") else opts.peft_init_lora_weights # LoftQ comes after, see below
-    return LoraConfig(exclude_modules=[*uncalled(model), *sorted(packed)] or None, r=opts.lora_r, lora_alpha=opts.lora_alpha, lora_dropout=opts.lora_dropout, target_modules=linear if opts.lora_target_linear else opts.lora_target_modules or [],
+    return LoraConfig(exclude_modules=[*uncalled(model), *sorted(packed)] or None, r=opts.lora_r, lora_alpha=opts.lora_alpha, lora_dropout=dropout, target_modules=linear if opts.lora_target_linear else opts.lora_target_modules or [],
         target_parameters=opts.lora_target_parameters, modules_to_save=_listed(opts.lora_modules_to_save) or None, layers_to_transform=opts.peft_layers_to_transform, layers_pattern=opts.peft_layers_pattern,
         layer_replication=opts.peft_layer_replication, rank_pattern=dict(opts.lora_rank_pattern or {}), alpha_pattern=dict(opts.lora_alpha_pattern or {}),
         fan_in_fan_out=opts.lora_fan_in_fan_out, use_dora=opts.peft_use_dora, use_rslora=opts.peft_use_rslora, init_lora_weights=init,
@@ -225,6 +226,16 @@ def say_untied(
     if copied and not opts.peft_ensure_weight_tying and model.config.get_text_config().tie_word_embeddings:
         log.warning(f"`lora_modules_to_save: [{', '.join(copied)}]`: in this model {' and '.join(sorted(ends))} are one weight, and a copy of it is trained: the result has two. `peft_ensure_weight_tying: true` keeps them one")
 
+# %% ../nbs/22_adapters.ipynb #cd7b00b9
+def _dropout_of_layers(model, p):
+    "Dropout before the adapters of layers; those of experts, which are parameters, have none in PEFT"
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    found = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    for m in found:
+        if not isinstance(m, ParamWrapper): m.lora_dropout["default"] = torch.nn.Dropout(p)
+    if any(isinstance(m, ParamWrapper) for m in found): log.warning(f"`lora_dropout: {p}` is before the adapters of layers, and not of experts and their router, which are parameters and not layers")
+    else: model.peft_config["default"].lora_dropout = p
+
 # %% ../nbs/22_adapters.ipynb #6f1b0fe9
 def _refuse_adapted(model):
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -245,15 +256,6 @@ def _check_added(model, opts):
         raise UserError("the embedding and the output layer share one weight: an adapter on it cannot be merged. Train it in full, with `lora_modules_to_save: [embed_tokens, lm_head]`, "
             "or some of its tokens, with `peft_trainable_token_indices`")
 
-def _dropout_of_layers(model, p):
-    "Dropout before the adapters of layers; those of experts, which are parameters, have none in PEFT"
-    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-    found = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    for m in found:
-        if not isinstance(m, ParamWrapper): m.lora_dropout["default"] = torch.nn.Dropout(p)
-    if any(isinstance(m, ParamWrapper) for m in found): log.warning(f"`lora_dropout: {p}` is before the adapters of layers, and not of experts and their router, which are parameters and not layers")
-    else: model.peft_config["default"].lora_dropout = p
-
 def add_adapter(
     model, # transformers model; the adapter is put into it
     opts:LoraOptions, # rank, scale, targets, or an adapter to go on from
@@ -270,11 +272,9 @@ def add_adapter(
     try:
         with _repeatable(opts.peft_init_lora_weights), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`") # it was said, with what to do
-            config = lora_config(model, opts, new)
-            dropout,config.lora_dropout = config.lora_dropout,0. if any(n.endswith(".experts") for n,_ in model.named_modules()) else config.lora_dropout
-            model = get_peft_model(model, config)
+            model = get_peft_model(model, lora_config(model, opts, new))
     except (ValueError, TypeError) as e: raise UserError(f"cannot add the adapter: {e}") from e
-    if dropout and not config.lora_dropout: _dropout_of_layers(model, dropout)
+    if opts.lora_dropout and not model.peft_config["default"].lora_dropout: _dropout_of_layers(model, opts.lora_dropout)
     _check_added(model, opts)
     if opts.peft_init_lora_weights=="loftq" or opts.peft: _begin_with_loftq(model, opts.peft and opts.peft.loftq_config)
     return model

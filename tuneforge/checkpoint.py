@@ -30,7 +30,7 @@ from transformers.trainer_utils import TrainOutput
 from . import __version__
 from .callbacks import Cadence, StopOnSignal, Stopped
 from .config import Config, TrainOptions, UserError, log
-from .options import DistributedOptions, FileOptions, GradioOptions, LoggingOptions, PreparedOptions
+from .options import DistributedOptions, FileOptions, FusedOptions, GradioOptions, LoggingOptions, PreparedOptions
 from .derive import resume_choice
 from .document import counted
 from .folder import sync, write_text
@@ -180,7 +180,7 @@ def what_is_left(
 MAY_CHANGE = {
     "what is written where": {"output_dir","logging_steps","save_strategy","save_steps","saves_per_epoch","save_total_limit","save_only_model","load_best_model_at_end","save_first_step","save_safetensors","resume",
         "resume_from_checkpoint","auto_resume_from_checkpoints","spike_threshold","spike_window","spike_capsules","spike_weights","stall_seconds","hub_model_id","hub_strategy","hub_revision",*LoggingOptions.model_fields,*GradioOptions.model_fields,*FileOptions.model_fields},
-    "how the work is shared out (the rows of a step are compared instead)": {"micro_batch_size","gradient_accumulation_steps","batch_size","eval_batch_size","auto_find_batch_size",*DistributedOptions.model_fields},
+    "how the work is shared out (the rows of a step are compared instead)": {"micro_batch_size","gradient_accumulation_steps","batch_size","eval_batch_size","auto_find_batch_size",*DistributedOptions.model_fields,*FusedOptions.model_fields},
     "where data come from (their tokens are compared instead)": {"datasets","test_datasets","pretraining_dataset",*PreparedOptions.model_fields}}
 "why -> keys that may differ when a run goes on"
 

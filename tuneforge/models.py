@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from .config import Config, ModelOptions, UserError, log
 from .document import did_you_mean
 from .precision import best_device, check_offload, choose_precision, finish_quantisation, keep_4bit_layout, loading_quantised, placement, quantisation
+from .rules import code_is_pinned
 from .tiny import resolve_model
 from .tokens import trusted
 from .vocabulary import fit_vocabulary, new_token_ids
@@ -39,7 +40,7 @@ def named_class(
 def _why(e, opts):
     "What transformers says, in a line, with what the user may have meant"
     text = " ".join(str(e).split())
-    if opts.trust_remote_code is False and "trust_remote_code" in text:
+    if "trust_remote_code" in text and not (opts.trust_remote_code and code_is_pinned(opts)):
         return f"{opts.base_model} brings Python code of its own. Read it; then allow it with `trust_remote_code: true`, and pin it with `revision_of_model` (a commit) or by a copy in a folder"
     at = f" at revision {opts.revision_of_model!r} (`revision_of_model`)" if opts.revision_of_model else ""
     return f"cannot load {opts.base_model!r}{at}: {text}"

@@ -6,7 +6,7 @@ Docs: https://tuneforge.github.io/tuneforge/rules.html.md"""
 
 # %% auto #0
 __all__ = ['RULES', 'NOTES', 'OFF', 'ONE_OF', 'NEEDS', 'SCHEDULE_READS', 'PLUGINS', 'rule', 'note', 'check_rules', 'asks',
-           'left_blank', 'never_evaluates', 'holds', 'in_yaml', 'optim_arguments', 'packs_state']
+           'left_blank', 'never_evaluates', 'holds', 'in_yaml', 'optim_arguments', 'packs_state', 'code_is_pinned']
 
 # %% ../nbs/02_rules.ipynb #de8f2bed
 import ast, os, re
@@ -534,10 +534,16 @@ def _frozen_inputs_need_a_gradient(cfg):
     if cfg.unfrozen_parameters and (cfg.gradient_checkpointing_kwargs or {}).get("use_reentrant"): yield "gradient_checkpointing_kwargs", "with `unfrozen_parameters` checkpointing must not be reentrant: `use_reentrant: false`"
 
 # %% ../nbs/02_rules.ipynb #b35fdaa5
-@rule
-def _remote_code_is_pinned(cfg):
-    if cfg.trust_remote_code and not (re.fullmatch(r"[0-9a-f]{40}", cfg.revision_of_model or "") or os.path.isdir(cfg.base_model)):
-        yield "trust_remote_code", "`trust_remote_code: true` runs code from the hub: pin it with `revision_of_model`, a commit of 40 hex digits, or name a folder"
+def code_is_pinned(
+    opts, # `base_model`, `revision_of_model`
+) -> bool: # whether code that comes with the model is code that was read
+    "Whether the model is a folder, or a commit of the hub"
+    return bool(re.fullmatch(r"[0-9a-f]{40}", opts.revision_of_model or "")) or os.path.isdir(opts.base_model)
+
+@note
+def _remote_code_is_not_pinned(cfg):
+    if cfg.trust_remote_code and not code_is_pinned(cfg):
+        yield "trust_remote_code", "`trust_remote_code: true` runs no code that is not pinned: transformers' own class is taken, where it has one. Remove the key, or pin the code with `revision_of_model`, a commit of 40 hex digits, or name a folder"
 
 @rule
 def _weights_are_safetensors(cfg):
@@ -568,7 +574,7 @@ def _arguments_of_checkpointing(cfg):
         if k not in known: yield "gradient_checkpointing_kwargs", f"`{k}` has no effect on checkpointing, which reads {', '.join(f'`{o}`' for o in known)}"
         elif given.get("use_reentrant") and k in known[2:5]: yield "gradient_checkpointing_kwargs", f"`{k}` has no effect with `use_reentrant: true`"
 
-PLUGINS = {"axolotl.integrations.liger.LigerPlugin": "the `liger_*` keys work by themselves", "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin": "`cut_cross_entropy` works by itself"}
+PLUGINS = {"axolotl.integrations.liger.LigerPlugin": "the `liger_*` keys work by themselves", "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin": "Axolotl takes it for `cut_cross_entropy: true`; write that, or `chunked_cross_entropy: true`, which needs no package"}
 "Plugins of Axolotl's that nothing is needed for here"
 
 @rule
@@ -579,7 +585,7 @@ def _plugins_are_built_in(cfg):
 @note
 def _plugins_say_nothing(cfg):
     for p in cfg.plugins or []:
-        if p in PLUGINS: yield "plugins", f"`{p}` says nothing here: {PLUGINS[p]}"
+        if p in PLUGINS and not (p.endswith("CutCrossEntropyPlugin") and asks(cfg, "cut_cross_entropy")): yield "plugins", f"`{p}` says nothing here: {PLUGINS[p]}"
 
 @note
 def _kernels_of_today(cfg):

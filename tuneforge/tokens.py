@@ -24,6 +24,7 @@ from .derive import tokenizer_source
 from .document import did_you_mean
 from .engines import Encoder, utf8_places
 from .prompts import PromptFormat, Segment, need, prompt_format
+from .rules import code_is_pinned
 from .templates import resolve_template
 from .tiny import resolve_model
 
@@ -36,7 +37,7 @@ def trusted(
     source:str, # folder, or id on the hub
 ) -> bool: # whether Python code that lies there may run
     "Code runs when it is asked for and pinned: by a revision, or by lying in a folder. Raises `UserError` for code from a third place."
-    if not opts.trust_remote_code or not Path(source).is_dir(): return opts.trust_remote_code and source==opts.base_model
+    if not opts.trust_remote_code or not Path(source).is_dir(): return opts.trust_remote_code and source==opts.base_model and code_is_pinned(opts)
     for name in ("config.json","tokenizer_config.json"):
         file = Path(source)/name
         for v in (json.loads(file.read_text(encoding="utf-8")).get("auto_map", {}) if file.is_file() else {}).values():
