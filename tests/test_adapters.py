@@ -390,7 +390,7 @@ def test_one_restart_of_a_quantised_base_by_hand(data, tmp_path, bits):
 RESTARTS = dict(magnitude={}, random=dict(relora_prune_method="random"), reset=dict(relora_prune_method="reset", relora_prune_ratio=None, relora_cpu_offload=True)) | {"4bit": dict(adapter="qlora", load_in_4bit=True), "8bit": dict(load_in_8bit=True)}
 
 
-@pytest.mark.parametrize("kw", [pytest.param(kw, id=n, marks=[] if n in ("magnitude", "4bit") else pytest.mark.slow) for n, kw in RESTARTS.items()])
+@pytest.mark.parametrize("kw", [pytest.param(kw, id=n, marks=[] if n=="4bit" else pytest.mark.slow) for n, kw in RESTARTS.items()])
 def test_restarts_resume(data, tmp_path, kw):
     "A run that goes on from before, at and after a restart ends as the one that never stopped; and its merge holds"
     o = dict(max_steps=10, save_strategy="steps", save_steps=1, save_total_limit=20, lora_dropout=0.1) | RELORA | kw

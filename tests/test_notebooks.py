@@ -1,12 +1,10 @@
 "Every notebook runs from top to bottom, in a process of its own that need not import the large libraries again"
 import multiprocessing, os, sys
 import pytest
-from tests.tools import NOTEBOOKS, ROOT
+from tests.tools import FORKS, NOTEBOOKS, ROOT
 
 
 LONG = ("tutorials/first_finetune.ipynb",) # what it does, the quickstart does as well
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["nbdev.test", "peft", "datasets", "transformers.trainer", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "matplotlib.figure"])
 
 
 def name(p): return str(p.relative_to(ROOT/"nbs"))
@@ -18,7 +16,7 @@ def run_notebook(nb, slow, said):
     from nbdev.test import test_nb
     with open(said, "w") as f:
         for fd in (1, 2): os.dup2(f.fileno(), fd)
-    for m in [m for m in sys.modules if m.partition(".")[0]=="tuneforge"]: del sys.modules[m] # the server may have begun with what another test preloads: a page registers its own
+    for m in [m for m in sys.modules if m.partition(".")[0]=="tuneforge"]: del sys.modules[m] # a page registers its own
     os.chdir(ROOT/"nbs")
     multiprocessing.set_start_method("fork", force=True) # for what a cell starts, as in a fresh interpreter
     passed,_ = test_nb(nb, skip_flags=get_config().tst_flags.split(), force_flags=["slow"]*slow, basepath=ROOT)

@@ -220,6 +220,7 @@ def test_what_cannot_be_kept_costs_no_run(data, tmp_path, caplog):
     assert r.metrics["steps"]>3
 
 
+@pytest.mark.slow
 def test_the_watch_goes_on_after_a_resume(data, tmp_path):
     kw = dict(save_strategy="steps", save_steps=3, spike_threshold=1., spike_capsules=99)
     train(config(data, tmp_path/"whole", **kw))
@@ -243,6 +244,7 @@ def test_mistakes_are_named(tmp_path):
 
 # ---- two ranks
 
+@pytest.mark.slow
 def test_two_ranks(data, tmp_path):
     "A gradient that is no number on one rank only reaches neither's weights; the capsule has the samples of both, and one process computes both again"
     base = json.loads(config(data, tmp_path/"x", **LORA, max_steps=6).model_dump_json(exclude_unset=True))

@@ -1,21 +1,16 @@
 "Prepared data: found when nothing that matters has changed, made once, never half"
-import errno, json, multiprocessing, os, resource, time
+import errno, json, os, resource, time
 from pathlib import Path
 import pytest
 from tuneforge.config import Config, DataOptions, DatasetOptions, TokenizerOptions, UserError
 from tuneforge.dataset import data_key, key_parts, prepare_data, prepared_place, why_miss
 from tuneforge.store import changes, digest, disk_full, is_whole, made_once, read_manifest
 from tuneforge.tokens import load_tokenizer
-from tests.tools import permissions_hold, tuneforge, write_jsonl
+from tests.tools import FORKS, permissions_hold, tuneforge, write_jsonl
 
 TOK = load_tokenizer(TokenizerOptions(base_model="tiny:llama"))
 CHAT = [dict(role="user", content="Who?"), dict(role="assistant", content="Bagol.")]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
-SERVER = multiprocessing.get_context("forkserver") # its children start with everything imported, and no threads
-
-
-@pytest.fixture(scope="module", autouse=True)
-def preloaded(): SERVER.set_forkserver_preload(["tuneforge.dataset", "tuneforge.tiny", "datasets", "tests.test_store"])
 
 
 # ---- what is a miss, and what is a hit
@@ -130,7 +125,7 @@ def work(d, kw):
 
 
 def spawn(d, **kw):
-    p = SERVER.Process(target=work, args=(d, kw))
+    p = FORKS.Process(target=work, args=(d, kw))
     p.start()
     return p
 
@@ -217,8 +212,8 @@ def full(d, limit, out):
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, limit):
     big(tmp_path)
     want = content(go(tmp_path, "reference")) # now the rows are in the cache of `datasets`
-    out = SERVER.Queue()
-    p = SERVER.Process(target=full, args=(tmp_path, limit, out))
+    out = FORKS.Queue()
+    p = FORKS.Process(target=full, args=(tmp_path, limit, out))
     p.start()
     said = out.get(timeout=120)
     p.join()
@@ -247,7 +242,7 @@ def hold(d, i):
 
 
 def test_one_at_a_time_also_where_some_fail(tmp_path):
-    many = [SERVER.Process(target=hold, args=(tmp_path, i)) for i in range(1, 8)]
+    many = [FORKS.Process(target=hold, args=(tmp_path, i)) for i in range(1, 8)]
     for p in many: p.start()
     for p in many: p.join()
     assert [p.exitcode for p in many]==[0]*7 and is_whole(tmp_path/"a") and {f.name for f in tmp_path.iterdir()}-{"a.lock"}=={"a"} # whoever waited may have left its lock, which is empty

@@ -100,7 +100,7 @@ def test_wandb_goes_on_as_the_same_run(data, tmp_path):
     assert [r["train/global_step"] for r in second[2] if "train/loss" in r]==[3]
 
 
-@pytest.mark.parametrize("place", ["folder", "sqlite"])
+@pytest.mark.parametrize("place", ["folder", pytest.param("sqlite", marks=pytest.mark.slow)])
 def test_mlflow(data, tmp_path, place):
     pytest.importorskip("mlflow")
     if place=="sqlite": pytest.importorskip("sqlalchemy"), pytest.importorskip("alembic")

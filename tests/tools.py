@@ -1,5 +1,5 @@
 "What several tests need: the repository, its notebooks, the command line, small data"
-import contextlib, ctypes, io, json, os, re, socket, ssl, subprocess, sys, threading
+import contextlib, ctypes, io, json, multiprocessing, os, re, socket, ssl, subprocess, sys, threading
 from contextlib import contextmanager
 from http.server import HTTPServer, ThreadingHTTPServer
 from pathlib import Path
@@ -7,6 +7,10 @@ from fastcore.nbio import read_nb
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not any(o.startswith(("_", ".")) for o in p.relative_to(ROOT).parts))
+
+
+FORKS = multiprocessing.get_context("forkserver") # its children start with everything imported, and no threads; there is one server for a whole process of tests
+FORKS.set_forkserver_preload(["nbdev.test", "peft", "datasets", "transformers.trainer", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "matplotlib.figure", "tuneforge.dataset", "tuneforge.tiny"])
 
 
 def bin(name): return str(Path(sys.executable).parent/name)

@@ -36,7 +36,7 @@ from .models import check_length, load_model, model_config, untrained_tokens
 from .optim import optimizer_name
 from .packing import Collator, PackPlan, RunPlan, count_steps, plan_evaluation, plan_training, sample_lengths
 from .pose import PoseCollator, check_pose
-from .precision import best_device, choose_precision, claim_gpu, usual_tf32
+from .precision import best_device, choose_precision, claim_gpu, placement, usual_tf32
 from .record import as_written, fingerprints, git_state, hardware, origins, without_secrets
 from .samples import Samples, sample_options, sample_questions
 from .share import HubPush, check_hub
@@ -95,7 +95,7 @@ def training_arguments(
         accelerator_config=cfg.accelerator_config, **{k: v for k,v in cfg if k.startswith("ddp_") and v is not None},
         bf16=precision.amp=="bf16", fp16=precision.amp=="fp16", tf32=precision.tf32 if device!="cuda" or not cfg.torch_compile else bool(precision.tf32), # compiling would switch it on unasked
         use_cpu=device=="cpu", remove_unused_columns=False, **kernels)
-    if args.n_gpu>1: log.warning(f"{args.n_gpu} GPUs are here, and one process trains on one of them: `torchrun --nproc-per-node {args.n_gpu} -m tuneforge train …` uses all")
+    if args.n_gpu>1 and not placement(cfg, device, args.n_gpu): log.warning(f"{args.n_gpu} GPUs are here, and one process trains on one of them: `torchrun --nproc-per-node {args.n_gpu} -m tuneforge train …` uses all")
     args._n_gpu = min(args.n_gpu, 1) # with more, transformers wraps the model in `nn.DataParallel`: no autocast, and a loss that is multiplied
     return args
 
