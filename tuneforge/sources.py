@@ -77,14 +77,14 @@ def _names_below(at):
     return [p.as_posix() for p in sorted(found) if not any(o.startswith((".","__")) for o in p.parts)]
 
 def _local_store(path):
-    at = Path(path).expanduser()
+    at = Path(path)
     if at.is_file(): return Store([at.name], lambda n: at, lambda n: content_sum(at), lambda n: path, True)
     if absent(path): raise UserError(f"datasets: no such file or folder: {path}")
-    return Store(_names_below(at), lambda n: at/n, lambda n: content_sum(at/n), lambda n: str(at/n) if path.startswith("~") else os.path.join(path, n))
+    return Store(_names_below(at), lambda n: at/n, lambda n: content_sum(at/n), lambda n: os.path.join(path, n))
 
 def _listed_store(names): # `path: json` with `data_files`, as in `datasets`
     from glob import glob
-    found = list(dict.fromkeys(n for o in ([names] if isinstance(names, str) else names) for n in sorted(glob(os.path.expanduser(o))) or [o]))
+    found = list(dict.fromkeys(n for o in ([names] if isinstance(names, str) else names) for n in sorted(glob(o)) or [o]))
     if missing := [n for n in found if not os.path.isfile(n)]: raise UserError(f"datasets: no such file: {', '.join(missing)}")
     return Store(found, Path, lambda n: content_sum(Path(n)), str)
 
@@ -286,10 +286,6 @@ def _one_kind(names, ds_type, where):
     if len(kinds)>1: raise UserError(f"datasets: {where} has files of several kinds ({', '.join(f'{k}: {v[0]}' for k,v in kinds.items())}): choose with `ds_type` or `data_files`")
     return next(iter(kinds))
 
-def _below(name, where): # a file that is named with its whole path, as seen from the folder
-    full = os.path.expanduser(name)
-    return os.path.relpath(full, os.path.expanduser(where)) if os.path.isabs(full) else name
-
 def split_names(
     store:Store, # where the files are
     entry:SourceOptions, # which of them are meant
@@ -299,7 +295,7 @@ def split_names(
     if store.single and (entry.name or named and {Path(n).name for n in named}!={*store.names}):
         raise UserError(f"datasets: `{'name' if entry.name else 'data_files'}` is for folders and the hub, and {where} is a file")
     if store.single or is_listed(entry): return {"train": store.names}
-    if named: return {"train": _matching(store.names, [_below(n, where) for n in named], where)}
+    if named: return {"train": _matching(store.names, [os.path.relpath(n, where) if os.path.isabs(n) else n for n in named], where)}
     if saved := _saved(store): return saved
     if chosen := _configured(store, entry.name, where): return chosen
     names = [n for n in _data(store.names) if not entry.ds_type or kind_of(n)==entry.ds_type] or [n for n in store.names if entry.ds_type and not kind_of(n) and n!="README.md"]
