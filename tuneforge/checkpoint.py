@@ -29,6 +29,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 from . import __version__
 from .callbacks import Cadence, StopOnSignal, Stopped
+from .adapters import BASE_FILE
 from .config import Config, TrainOptions, UserError, log
 from .options import DistributedOptions, FileOptions, FusedOptions, GradioOptions, LoggingOptions, PreparedOptions
 from .derive import resume_choice
@@ -86,7 +87,7 @@ def publish(
     return target
 
 # %% ../nbs/32_checkpoint.ipynb #8fe609cf
-MODEL_FILES = ("adapter_*","adapted_base.safetensors","model*.safetensors","model.safetensors.index.json","config.json","generation_config.json","tokenizer*","special_tokens_map.json","added_tokens.json","vocab.*","merges.txt","chat_template.*")
+MODEL_FILES = ("adapter_*",BASE_FILE,"model*.safetensors","model.safetensors.index.json","config.json","generation_config.json","tokenizer*","special_tokens_map.json","added_tokens.json","vocab.*","merges.txt","chat_template.*")
 
 @contextmanager
 def nothing_older(
