@@ -335,10 +335,10 @@ def save_run(
     result, # transformers' TrainOutput
 ) -> Run: # as written to `run.json`
     "Write model or adapter, tokenizer, golden prompts, plot, manifest and card to `output_dir`"
-    first = trainer.args.should_save
-    with nothing_older(Path(cfg.output_dir)) if first else nullcontext():
+    first,out = trainer.args.should_save,Path(cfg.output_dir)
+    with nothing_older(out) if first else nullcontext():
         trainer.save_model()
-        if first: trainer.model.generation_config.save_pretrained(cfg.output_dir)
+        if first: trainer.model.generation_config.save_pretrained(out)
     done,course = trainer.state.global_step,trainer.course
     metrics = dict(loss=result.training_loss, steps=done, tokens=course.tokens_until(done), seconds=result.metrics["train_runtime"],
         packing_efficiency=course.efficiency)
@@ -346,8 +346,8 @@ def save_run(
     if cfg.load_best_model_at_end: metrics["best_step"] = trainer.state.best_global_step
     run = describe(cfg, trainer, data, metrics)
     if first:
-        write_text(Path(cfg.output_dir)/"golden_prompts.json", json.dumps(data.golden, ensure_ascii=False, indent=1))
-        plot_history(run.history, Path(cfg.output_dir)/"loss.png", Path(cfg.output_dir).name)
+        write_text(out/"golden_prompts.json", json.dumps(data.golden, ensure_ascii=False, indent=1))
+        plot_history(run.history, out/"loss.png", out.name)
         run.save()
-        write_card(Path(cfg.output_dir), model_card(run.manifest(), Path(cfg.output_dir)))
+        write_card(out, model_card(run.manifest(), out))
     return run
