@@ -1,5 +1,5 @@
 "Tiny models of many architectures: made, saved, loaded, run; the same from the same name"
-import hashlib
+import hashlib, os, shutil
 import pytest, torch
 from tuneforge.config import ModelOptions, TokenizerOptions, UserError
 from tuneforge.models import load_model
@@ -58,3 +58,13 @@ def test_a_failed_model_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(Exception): tiny_model("tiny:llama?num_attention_heads=7")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_another_machine_may_have_the_same_process_number(tmp_path, monkeypatch):
+    "Containers on one disk: what the other one is writing is neither taken nor thrown away"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tiny_model("tiny:llama?num_hidden_layers=1")
+    shutil.rmtree(folder)
+    (other := folder.with_name(f"{folder.name}.{os.getpid()}.part")).mkdir()
+    (other/"half").write_text("of a model")
+    assert tiny_model("tiny:llama?num_hidden_layers=1")==folder and not (folder/"half").exists() and (other/"half").is_file()

@@ -9,7 +9,7 @@ __all__ = ['SMALL', 'ATTRIBUTES', 'CHATML', 'PREAMBLE', 'SPECIAL', 'MADE', 'Tiny
            'tiny_model', 'only_a_folder', 'resolve_model']
 
 # %% ../nbs/07_tiny.ipynb #c68bced7
-import hashlib,json,os,re,shutil
+import hashlib,json,os,re,shutil,uuid
 from contextlib import contextmanager
 from dataclasses import dataclass,field
 from pathlib import Path
@@ -172,7 +172,7 @@ def tiny_model(
     key = hashlib.sha256(repr((parsed, MADE, SMALL, CHATML, ATTRIBUTES, transformers.__version__)).encode()).hexdigest()[:12]
     folder = xdg_cache_home()/"tuneforge"/"tiny"/f"{parsed.arch}-{key}"
     if folder.is_dir(): return folder
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         _make(parsed, part)
         part.rename(folder)
